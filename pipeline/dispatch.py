@@ -1,0 +1,160 @@
+"""DISPATCH: record an execution with all its tasks, then publish the tasks that are ready as one group.
+
+Nothing is published before its commit, and nothing is lost where publishing fails: recovery publishes what is due.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import secrets
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from celery import Celery
+from kombu.entity import Queue
+from kombu.exceptions import KombuError, OperationalError
+
+from pipeline.compiler import CompiledWorkflow, compile_workflow
+from pipeline.definition import WorkflowDefinition
+from pipeline.errors import BrokerUnavailable, IdempotencyConflict
+from pipeline.result_store.rows import Created, ReadyTask
+from pipeline.result_store.store import ResultStore
+
+log = logging.getLogger(__name__)
+
+#: headers of a Celery message that repeat what the store knows, or that only canvas and stamping use
+_IDLE_HEADERS = ("stamped_headers", "stamps", "replaced_task_nesting", "shadow", "group_index")
+
+
+class Dispatcher:
+    """Creates executions and publishes tasks.
+
+    Args:
+        store: where executions are recorded.
+        celery: the app whose broker the messages go to.
+        hard_limit: seconds after a task's timeout at which its attendant gives up; Celery kills after twice that.
+    """
+
+    def __init__(self, store: ResultStore, celery: Celery, *, hard_limit: float) -> None:
+        self.store, self.celery, self.hard_limit = store, celery, hard_limit
+
+    def register(self, definition: WorkflowDefinition, *, store: ResultStore | None = None) -> int:
+        """Record a valid definition and what it compiles to; returns its key.
+
+        Raises:
+            DefinitionConflict: its id and version are registered with other content.
+        """
+        compiled = compile_workflow(definition)
+        return (store or self.store).register(
+            workflow_id=definition.id, version=definition.version, digest=definition.digest,
+            definition=definition.to_json(), tasks=plan_tasks(definition, compiled),
+            headers=[{"number": h.number, "tasks": h.tasks, "bodies": h.bodies} for h in compiled.headers],
+        )  # fmt: skip
+
+    def create(
+        self, definition: WorkflowDefinition, input_data: Mapping[str, Any], *, definition_id: int | None = None,
+        user_id: str | None = None, idempotency_key: str | None = None, store: ResultStore | None = None,
+    ) -> Created:  # fmt: skip
+        """Record an execution, in the caller's transaction where `store` is within one; nothing is published.
+
+        Raises:
+            IdempotencyConflict: the key belongs to an execution with another definition or input.
+            DefinitionConflict: the definition's id and version are registered with other content.
+        """
+        store = store or self.store
+        if definition_id is None:
+            definition_id = self.register(definition, store=store)
+        text = json.dumps(input_data, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        created = store.create_execution(
+            execution_id=f"exec-{secrets.token_hex(6)}", definition_id=definition_id, user_id=user_id,
+            idempotency_key=idempotency_key, input_data=input_data,
+            input_digest=hashlib.sha256(text.encode()).hexdigest(),
+            variables=definition.variables, timeout=definition.timeout,
+        )  # fmt: skip
+        if not created.same_work:
+            raise IdempotencyConflict(idempotency_key or "", created.execution_id)
+        return created
+
+    def publish(self, ready: Sequence[ReadyTask]) -> None:
+        """Publish tasks as one group: on Redis in one round trip.
+
+        Raises:
+            BrokerUnavailable: some or none of the messages were taken; recovery publishes those that are missing.
+        """
+        if not ready:
+            return
+        queue = self._queue
+        try:
+            with self.celery.producer_or_acquire() as producer, producer.batch():
+                for task in ready:
+                    body, headers, properties = self._message(task)
+                    producer.publish(
+                        body, routing_key=queue.routing_key, exchange=queue.exchange, declare=[queue],
+                        serializer="json", headers=headers, delivery_mode=2, **properties,
+                    )  # fmt: skip
+        except self._broker_errors as exc:
+            raise _unavailable(exc) from exc
+
+    def try_publish(self, ready: Sequence[ReadyTask]) -> bool:
+        """Publish where the broker is there; False, and a line in the log, where recovery has to do it."""
+        try:
+            self.publish(ready)
+        except BrokerUnavailable as exc:
+            log.warning("%s; recovery publishes %d tasks once it is back", exc, len(ready))
+            return False
+        return True
+
+    def waiting(self) -> int:
+        """How many messages the broker holds that no worker has taken yet.
+
+        Raises:
+            BrokerUnavailable: it cannot be asked.
+        """
+        try:
+            with self.celery.connection_or_acquire() as connection:
+                return int(self._queue.bind(connection.default_channel).queue_declare().message_count)
+        except self._broker_errors as exc:
+            raise _unavailable(exc) from exc
+
+    @property
+    def _queue(self) -> Queue:
+        return self.celery.amqp.queues[self.celery.conf.task_default_queue]
+
+    @cached_property
+    def _broker_errors(self) -> tuple[type[BaseException], ...]:
+        transport = self.celery.connection_for_write()
+        return (OperationalError, KombuError, OSError, *transport.connection_errors, *transport.channel_errors)
+
+    def _message(self, task: ReadyTask) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+        """A Celery message of a few hundred bytes, whatever the workflow's size."""
+        headers, properties, body, _ = self.celery.amqp.create_task_message(
+            f"{task.execution_id}_{task.task_id}", task.handler, (task.execution_id, task.task_id, task.epoch),
+            argsrepr=f"({task.execution_id}, {task.task_id}, {task.epoch})", kwargsrepr="{}", ignore_result=True,
+            time_limit=task.timeout + 2 * self.hard_limit, root_id=task.execution_id, origin="pipeline",
+        )  # fmt: skip
+        return body, {k: v for k, v in headers.items() if k not in _IDLE_HEADERS}, properties
+
+
+def _unavailable(exc: BaseException) -> BrokerUnavailable:
+    return BrokerUnavailable(f"the broker cannot be reached: {exc.__cause__ or exc}; look at PIPELINE_BROKER_URL")
+
+
+def plan_tasks(definition: WorkflowDefinition, compiled: CompiledWorkflow) -> list[dict[str, Any]]:
+    """What the store keeps of each task of a compiled workflow."""
+    tasks = definition.by_id
+    return [
+        {
+            "task_id": task_id,
+            "number": number,
+            "handler": tasks[task_id].handler,
+            "timeout": tasks[task_id].timeout,
+            "dependencies": tasks[task_id].dependencies,
+            "waits_for": compiled.dependencies[task_id],
+            "releases": compiled.releases.get(task_id, ()),
+            "headers": compiled.memberships.get(task_id, ()),
+        }
+        for number, task_id in enumerate(compiled.order)
+    ]

@@ -1,0 +1,223 @@
+"""The door for programs: enqueue, wait, look and steer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+import psycopg
+
+from config.settings import Settings
+from pipeline.app import Installation
+from pipeline.definition import WorkflowDefinition
+from pipeline.document import Document
+from pipeline.errors import DatabaseUnavailable, IllegalTransition, WaitTimeout
+from pipeline.observe import Execution, read_execution
+from pipeline.result_store.connection import Listener
+from pipeline.result_store.rows import AttemptRow, ExecutionSummary
+from pipeline.states import OPEN_EXECUTIONS, TERMINAL_EXECUTIONS, ExecutionStatus
+from pipeline.validation import validate, validate_input
+
+#: seconds between two looks of a waiter that heard nothing: notifications are the fast way, this is the sure one
+_POLL = 5.0
+
+#: what a workflow can be given as: a model, a dict, a parsed file, or the id (`id` or `id@version`) of a registered one
+Workflow = WorkflowDefinition | Mapping[str, Any] | Document | str
+
+
+class WorkflowEngine:
+    """Enqueues workflows and looks after their executions; a context manager.
+
+    Args:
+        installation: what to work on; by default what the environment (or `settings`) names.
+
+    Raises:
+        SettingsError: a variable of the environment cannot be used.
+        ServiceUnavailable: an embedded server does not start.
+    """
+
+    def __init__(self, installation: Installation | None = None, *, settings: Settings | None = None) -> None:
+        self.installation = installation or Installation.open(settings)
+        self._keys: dict[str, int] = {}
+
+    def validate(self, workflow: WorkflowDefinition | Mapping[str, Any] | Document) -> WorkflowDefinition:
+        """Check a definition against the format and the handlers of this installation.
+
+        Raises:
+            DefinitionError: with every problem.
+            HandlerImportError: a module of handlers cannot be imported.
+        """
+        return validate(workflow, self.installation.catalogue, self.installation.limits)
+
+    def register(self, workflow: WorkflowDefinition | Mapping[str, Any] | Document) -> WorkflowDefinition:
+        """Record a definition, so that it can be run by its id.
+
+        Raises:
+            DefinitionError: it is invalid.
+            DefinitionConflict: its id and version are registered with other content.
+        """
+        return self._known(workflow)[0]
+
+    def find_workflow(self, name: str) -> WorkflowDefinition:
+        """A registered definition by `id` (its newest version) or `id@version`.
+
+        Raises:
+            WorkflowNotFound: there is none.
+        """
+        return self._registered(name)[0]
+
+    def execute_workflow(
+        self, workflow_def: Workflow, input_data: Mapping[str, Any] | None = None, user_id: str | None = None, *,
+        idempotency_key: str | None = None, connection: psycopg.Connection[Any] | None = None,
+    ) -> str:  # fmt: skip
+        """Enqueue an execution and return its id, `exec-` and twelve hexadecimal digits.
+
+        With `idempotency_key`, a repeat with the same workflow and input gives the first execution's id back. With
+        `connection`, the execution is part of the caller's transaction: it exists, and starts, only once that commits.
+        A broker that is down delays the start and loses nothing.
+
+        Raises:
+            DefinitionError, InputError: with every problem; nothing is recorded.
+            WorkflowNotFound: no definition is registered by that id.
+            DefinitionConflict, IdempotencyConflict: see there.
+            DatabaseUnavailable: the execution may not be recorded.
+        """
+        data = dict(input_data or {})
+        store = self.installation.store if connection is None else self.installation.store.within(connection)
+        key: int | None
+        if isinstance(workflow_def, str):
+            definition, key = self._registered(workflow_def)
+        elif connection is None:
+            definition, key = self._known(workflow_def)
+        else:
+            definition, key = self.validate(workflow_def), None
+        validate_input(definition, data, self.installation.catalogue, self.installation.limits)
+        dispatcher = self.installation.dispatcher
+        created = dispatcher.create(
+            definition, data, definition_id=key, user_id=user_id, idempotency_key=idempotency_key, store=store
+        )
+        if created.created and connection is None:
+            dispatcher.try_publish(store.ready_tasks(created.execution_id))
+        return created.execution_id
+
+    def wait(self, execution_id: str, timeout: float | None = None) -> Execution:
+        """Wait until an execution ended; an outage of the database is waited out too.
+
+        Args:
+            execution_id: of the execution.
+            timeout: seconds; None waits as long as it takes.
+
+        Raises:
+            WaitTimeout: it had not ended in time (also a TimeoutError).
+            ExecutionNotFound: there is none.
+        """
+        end = float("inf") if timeout is None else time.monotonic() + timeout
+        listener: Listener | None = None
+        try:
+            while True:
+                pause = min(_POLL, end - time.monotonic())
+                try:
+                    if listener is None:
+                        listener = self.installation.store.listen("pipeline_finished")
+                    if self.installation.store.execution_status(execution_id) in TERMINAL_EXECUTIONS:
+                        return self.get_execution(execution_id)
+                    if pause <= 0:
+                        raise WaitTimeout(execution_id, timeout or 0.0)
+                    listener.wait(pause)
+                except DatabaseUnavailable:
+                    if listener is None and timeout is None or pause <= 0:
+                        raise
+                    listener = None
+                    time.sleep(min(0.5, max(pause, 0.0)))
+        finally:
+            if listener is not None:
+                listener.close()
+
+    def get_execution(self, execution_id: str) -> Execution:
+        """One execution with its tasks, as it is now.
+
+        Raises:
+            ExecutionNotFound: there is none.
+        """
+        return read_execution(self.installation.store, execution_id)
+
+    def get_attempts(self, execution_id: str, task_id: str) -> list[AttemptRow]:
+        """The attempts of a task that were followed by another, oldest first."""
+        return self.installation.store.get_attempts(execution_id, task_id)
+
+    def list_executions(self, status: str | None = None, limit: int = 50) -> list[ExecutionSummary]:
+        """The newest executions first."""
+        return self.installation.store.list_executions(status, limit)
+
+    def cancel(self, execution_id: str, user_id: str | None = None) -> None:
+        """Start nothing more and stop what runs; the execution ends once that has stopped.
+
+        Raises:
+            IllegalTransition: it has ended.
+            ExecutionNotFound: there is none.
+        """
+        found = self.installation.store.cancel_execution(execution_id, user_id)
+        _require(execution_id, "cancel", found, OPEN_EXECUTIONS)
+
+    def pause(self, execution_id: str, user_id: str | None = None) -> None:
+        """Start nothing more until `resume`; what runs goes on.
+
+        Raises:
+            IllegalTransition: it has ended.
+            ExecutionNotFound: there is none.
+        """
+        found = self.installation.store.pause_execution(execution_id, user_id)
+        _require(execution_id, "pause", found, OPEN_EXECUTIONS)
+
+    def resume(self, execution_id: str, user_id: str | None = None) -> None:
+        """Undo `pause`.
+
+        Raises:
+            IllegalTransition: it has ended.
+            ExecutionNotFound: there is none.
+        """
+        found = self.installation.store.resume_execution(execution_id, user_id)
+        _require(execution_id, "resume", found, OPEN_EXECUTIONS)
+
+    def retry(self, execution_id: str, user_id: str | None = None) -> None:
+        """Run a failed or cancelled execution again from what did not succeed; what did is kept.
+
+        Raises:
+            IllegalTransition: it has not failed and was not cancelled.
+            ExecutionNotFound: there is none.
+        """
+        found = self.installation.store.retry_execution(execution_id, user_id)
+        _require(execution_id, "retry", found, TERMINAL_EXECUTIONS - {ExecutionStatus.SUCCESS})
+
+    def _known(self, workflow: WorkflowDefinition | Mapping[str, Any] | Document) -> tuple[WorkflowDefinition, int]:
+        """A definition that is valid and recorded, with its key; checked once for each content."""
+        if isinstance(workflow, WorkflowDefinition) and workflow.digest in self._keys:
+            return workflow, self._keys[workflow.digest]
+        definition = self.validate(workflow)
+        if definition.digest not in self._keys:
+            self._keys[definition.digest] = self.installation.dispatcher.register(definition)
+        return definition, self._keys[definition.digest]
+
+    def _registered(self, name: str) -> tuple[WorkflowDefinition, int]:
+        workflow_id, _, version = name.partition("@")
+        key, text = self.installation.store.find_definition(workflow_id, version or None)
+        return WorkflowDefinition.from_json(text), key
+
+    def close(self) -> None:
+        """Let go of connections and of embedded servers."""
+        self.installation.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _require(execution_id: str, operation: str, found: ExecutionStatus, allowed: frozenset[ExecutionStatus]) -> None:
+    if found not in allowed:
+        raise IllegalTransition(execution_id, operation, found.value)

@@ -1,0 +1,361 @@
+"""EXECUTE: the Celery task around every handler.
+
+    claim -> render -> merge -> check -> run -> record -> publish
+
+Nothing of the user's runs before the claim is recorded, nothing is published before the end is recorded, and all of it
+happens in the task's body: Celery acknowledges messages whose result backend raises, and calls links before it stores.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import logging
+import random
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import lru_cache
+from typing import Any
+
+from billiard.process import current_process
+from celery import Task
+from celery.exceptions import Ignore
+from celery.exceptions import Retry as CeleryRetry
+from pydantic import ValidationError
+from pydantic_core import PydanticSerializationError, to_jsonable_python
+
+from pipeline.artifacts import ArtifactStore
+from pipeline.attendance import Attendance, Attendant, Cancelled
+from pipeline.definition import RetryPolicy, TaskDefinition, WorkflowDefinition
+from pipeline.dispatch import Dispatcher
+from pipeline.errors import Fail, ParamsError, Refused, ResultError, Retry, Skip, TaskTimeout, TemplateError
+from pipeline.handler import AttemptLost, Context, Handler
+from pipeline.redaction import Redactor
+from pipeline.result_store.rows import Ended, Fence, State
+from pipeline.result_store.store import ResultStore
+from pipeline.templates import render, task_names
+
+log = logging.getLogger(__name__)
+
+#: what is wrong with the task and not with the moment: no retry mends it
+NEVER_RETRIED = (Fail, Skip, ParamsError, TemplateError, ResultError, Refused, AttemptLost, Cancelled)
+#: how much of a traceback is kept, from its end
+_TRACEBACK_LENGTH = 16_384
+_MESSAGE_LENGTH = 8_192
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecutionPolicy:
+    """What the installation decides for all tasks."""
+
+    artifacts_root: str
+    handler_settings: Mapping[str, Any]
+    secrets: Mapping[str, str]
+    max_result_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """A claimed task, with all that its run needs."""
+
+    fence: Fence
+    definition: WorkflowDefinition
+    task: TaskDefinition
+    state: State
+    number: int
+    retries: int
+    attendance: Attendance
+
+
+def retry_delay(exc: BaseException, policy: RetryPolicy, retries: int, uniform: float) -> float | None:
+    """Seconds until the next try, or None where there is none left: the definition's policy decides, or `Retry(after)`.
+
+    Args:
+        exc: what the attempt failed with.
+        retries: how many of the policy's retries are used.
+        uniform: the jitter's die, in [0, 1).
+    """
+    if retries >= policy.max_retries:
+        return None
+    if isinstance(exc, Retry) and exc.after is not None:
+        return max(0.0, exc.after)
+    return policy.delay(retries, uniform)
+
+
+class HandlerTask(Task):  # type: ignore[misc]
+    """A handler as a Celery task; Celery's autoretry wraps `run` and asks `retry`, which asks the definition."""
+
+    abstract = True
+    typing = False
+    ignore_result = True
+    acks_late = False
+    max_retries = None
+    retry_backoff = True
+    handler: Handler
+    executor: Executor
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What Celery calls with a message's arguments."""
+        return self.executor.execute(self, args)
+
+    def run(self, attempt: Attempt) -> Any:
+        """One call of the handler."""
+        return self.executor.call(self.handler, attempt)
+
+    def retry(self, *args: Any, exc: Exception | None = None, **options: Any) -> Any:
+        """Record when the task is due again and raise Celery's Retry, without a message: recovery publishes it."""
+        attempt: Attempt = self.request.attempt
+        failure = exc or Retry()
+        delay = retry_delay(failure, attempt.task.retry_policy, attempt.retries, random.random())  # noqa: S311
+        if delay is None:
+            raise failure
+        self.executor.record(attempt, "retry", failure, delay=delay)
+        raise CeleryRetry(exc=failure, when=datetime.now(UTC) + timedelta(seconds=delay))
+
+
+def celery_task(handler: Handler, executor: Executor) -> HandlerTask:
+    """The Celery task of a handler, named as it."""
+    retried = (Exception,) if handler.retry_on is None else (*handler.retry_on, Retry, TaskTimeout)
+    attributes = {
+        "name": handler.name,
+        "handler": handler,
+        "executor": executor,
+        "autoretry_for": retried,
+        "dont_autoretry_for": (*NEVER_RETRIED, *handler.never_retry_on),
+        "__module__": handler.function.__module__,
+        "__doc__": handler.function.__doc__,
+    }
+    task: HandlerTask = type(handler.name, (HandlerTask,), attributes)()
+    return task
+
+
+class Executor:
+    """Runs attempts of tasks in this process."""
+
+    def __init__(
+        self, store: ResultStore, dispatcher: Dispatcher, policy: ExecutionPolicy, *,
+        lease: float, hard_limit: float, worker_name: str, killable: Callable[[], bool],
+    ) -> None:  # fmt: skip
+        self.store, self.dispatcher, self.policy = store, dispatcher, policy
+        self.redactor = Redactor.of(policy.secrets.values())
+        self.attendant = Attendant(
+            store, lease=lease, hard_limit=hard_limit, name=worker_name, give_up=self._give_up, killable=killable
+        )
+        self._definition = lru_cache(maxsize=32)(self._load_definition)
+        self._state = lru_cache(maxsize=64)(store.state)
+        self._given_up: dict[int, Attempt] = {}
+
+    def execute(self, task: HandlerTask, message: tuple[Any, ...]) -> Any:
+        """Everything that happens between a message and its successors' messages.
+
+        Raises:
+            Ignore: the message was stale, doubled or forged, or the attempt was lost: there is nothing to record.
+            CeleryRetry: the attempt failed and is due again.
+            Exception: what the attempt failed with, after that was recorded.
+        """
+        execution_id, task_id, epoch = _read(message)
+        claim = self.store.claim(
+            execution_id=execution_id, task_id=task_id, epoch=epoch, worker_id=self.attendant.worker_id()
+        )
+        if claim is None:
+            log.debug("message for task %s of %s (epoch %s) is stale", task_id, execution_id, epoch)
+            raise Ignore
+        fence = Fence(
+            execution_id=execution_id, task_id=task_id, epoch=claim.epoch, worker_id=self.attendant.worker_id()
+        )
+        definition = self._definition(claim.definition_id)
+        declared = definition.by_id[task_id]
+        timeout = min(declared.timeout, task.handler.timeout or declared.timeout)
+        with self.attendant.attending(fence, timeout) as attendance:
+            attempt = Attempt(
+                fence=fence, definition=definition, task=declared, state=self._state(execution_id),
+                number=claim.attempt, retries=claim.retries, attendance=attendance,
+            )  # fmt: skip
+            task.request.attempt = attempt
+            self._given_up[id(attendance)] = attempt
+            try:
+                return self._run(task, attempt)
+            finally:
+                self._given_up.pop(id(attendance), None)
+
+    def _run(self, task: HandlerTask, attempt: Attempt) -> Any:
+        try:
+            result = task.run(attempt)
+        except (CeleryRetry, Ignore):
+            raise
+        except AttemptLost as exc:
+            log.warning("task %s of %s: %s", attempt.fence.task_id, attempt.fence.execution_id, exc)
+            raise Ignore from exc
+        except Skip as exc:
+            self.record(attempt, "skipped", exc)
+            return {"skipped": str(exc)}
+        except Cancelled as exc:
+            self.record(attempt, "cancelled", exc)
+            raise Ignore from exc
+        except Exception as exc:
+            self.record(attempt, "failed", exc)
+            raise
+        ended = self.store.complete(attempt.fence, result)
+        self._after(attempt.fence, ended)
+        return result
+
+    def call(self, handler: Handler, attempt: Attempt) -> Any:
+        """Render, merge, check and run; returns what is recorded.
+
+        Raises:
+            TemplateError, ParamsError, ResultError: see there.
+            Exception: what the handler raised.
+        """
+        arguments = self._arguments(handler, attempt)
+        try:
+            with attempt.attendance.interruptible():
+                if inspect.iscoroutinefunction(handler.function):
+                    returned = asyncio.run(handler.function(**arguments))
+                else:
+                    returned = handler.function(**arguments)
+        except SystemExit as exc:
+            raise RuntimeError(f"the handler called sys.exit({exc.code!r})") from exc
+        return recordable(returned, self.redactor, self.policy.max_result_bytes)
+
+    def _arguments(self, handler: Handler, attempt: Attempt) -> dict[str, Any]:
+        fence, task, state = attempt.fence, attempt.task, attempt.state
+        names = {p.name for p in handler.spec.parameters}
+        taken = {d: _bound_name(d, names) for d in task.dependencies if handler.open_ended or _bound_name(d, names)}
+        mentioned = task_names(task.params)
+        results = self.store.results(fence.execution_id, {*taken, *mentioned}) if taken or mentioned else {}
+        execution = {
+            "id": fence.execution_id, "workflow_id": state.workflow_id, "user_id": state.created_by,
+            "task_id": fence.task_id, "attempt": attempt.number,
+        }  # fmt: skip
+        scope = {
+            "input": state.input_data, "variables": state.variables, "execution": execution,
+            "tasks": results, "secrets": self.policy.secrets,
+        }  # fmt: skip
+        merged = {**render(task.params, scope), **state.input_data}
+        merged.update({name or d: results.get(d) for d, name in taken.items()})
+        try:
+            arguments = handler.input_adapter.validate_python(merged)
+        except ValidationError as exc:
+            wrong = "; ".join(
+                f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in exc.errors(include_url=False, include_input=False)
+            )
+            raise ParamsError(f"input of handler {handler.name!r} does not fit: {wrong}") from None
+        if handler.context_parameter is not None:
+            arguments[handler.context_parameter] = self._context(attempt)
+        return arguments
+
+    def _context(self, attempt: Attempt) -> Context:
+        fence, attendance = attempt.fence, attempt.attendance
+        folder = f"{fence.execution_id}/{fence.task_id}/{fence.epoch}"
+        return Context(
+            execution_id=fence.execution_id, task_id=fence.task_id, workflow_id=attempt.state.workflow_id,
+            attempt=attempt.number, epoch=fence.epoch, user_id=attempt.state.created_by,
+            artifacts=ArtifactStore(root=self.policy.artifacts_root, folder=folder),
+            settings=self.policy.handler_settings, renew=attendance.renew, is_cancelled=attendance.is_cancelled,
+            report=lambda percent, message: attendance.report(percent, self.redactor.text(message)),
+        )  # fmt: skip
+
+    def record(self, attempt: Attempt, outcome: str, exc: BaseException, *, delay: float = 0.0) -> None:
+        """Record an end other than success, and publish what it released."""
+        lines = traceback.format_exception(exc) if outcome in ("failed", "retry") else []
+        message = self.redactor.text(_text(exc))
+        ended = self.store.end(
+            attempt.fence, outcome, error_type=type(exc).__name__,
+            error_message=message[:_MESSAGE_LENGTH].replace("\0", ""), delay=delay,
+            error_traceback=self.redactor.text("".join(lines))[-_TRACEBACK_LENGTH:].replace("\0", "") or None,
+        )  # fmt: skip
+        self._after(attempt.fence, ended)
+
+    def lost(self, execution_id: str, task_id: str, epoch: int, exc: BaseException) -> None:
+        """What only the worker's main process learns: the process of an attempt was killed."""
+        attempt = self.store.running_attempt(execution_id, task_id, epoch)
+        if attempt is not None:
+            ended = self.store.end(attempt, "lost", error_type="WorkerLost", error_message=_text(exc))
+            self._after(attempt, ended)
+
+    def timed_out(self, execution_id: str, task_id: str, epoch: int, exc: BaseException) -> None:
+        """What only the worker's main process learns: the hard time limit killed an attempt."""
+        running = self.store.running_attempt(execution_id, task_id, epoch)
+        if running is not None:
+            definition = WorkflowDefinition.from_json(self.store.definition_of(execution_id))
+            policy = definition.by_id[task_id].retry_policy
+            delay = retry_delay(exc, policy, running.retries, random.random())  # noqa: S311
+            ended = self.store.end(
+                running, "failed" if delay is None else "retry", delay=delay or 0.0,
+                error_type="TaskTimeout", error_message=f"did not stop at its timeout and was killed: {_text(exc)}",
+            )  # fmt: skip
+            self._after(running, ended)
+
+    def _give_up(self, attendance: Attendance, reason: Exception) -> None:
+        """End an attempt whose handler does not stop, from the attendant's thread."""
+        attempt = self._given_up.get(id(attendance))
+        if attempt is None:
+            return
+        delay = None
+        if isinstance(reason, TaskTimeout):
+            delay = retry_delay(reason, attempt.task.retry_policy, attempt.retries, random.random())  # noqa: S311
+        outcome = "cancelled" if isinstance(reason, Cancelled) else "failed" if delay is None else "retry"
+        self.record(attempt, outcome, reason, delay=delay or 0.0)
+
+    def _after(self, fence: Fence, ended: Ended) -> None:
+        if ended.outcome == "stale":
+            log.warning("task %s of %s moved on without this attempt", fence.task_id, fence.execution_id)
+        self.dispatcher.try_publish(ended.ready)
+
+    def _load_definition(self, definition_id: int) -> WorkflowDefinition:
+        return WorkflowDefinition.from_json(self.store.definition(definition_id))
+
+
+def recordable(returned: Any, redactor: Redactor, limit: int) -> Any:
+    """What a handler returned, as JSON data without secrets.
+
+    Raises:
+        ResultError: it is not JSON, or larger than `limit` bytes.
+    """
+    try:
+        data = to_jsonable_python(returned, inf_nan_mode="constants")
+        text = redactor.json(json.dumps(data, ensure_ascii=False, allow_nan=False))
+        size = len(text.encode())
+    except (PydanticSerializationError, ValueError, TypeError, RecursionError) as exc:
+        raise ResultError(
+            f"the handler returned a {type(returned).__name__} that is not JSON ({exc});"
+            " return dicts, lists, text, numbers, booleans, None or pydantic models"
+        ) from exc
+    if "\\u0000" in text:
+        raise ResultError("the handler returned text with a NUL character, which Postgres cannot hold")
+    if size > limit:
+        raise ResultError(
+            f"the handler returned {size:,} bytes, the limit is {limit:,} (PIPELINE_MAX_RESULT_BYTES);"
+            " write the data with context.artifacts and return the reference"
+        )
+    return json.loads(text)
+
+
+def _read(message: tuple[Any, ...]) -> tuple[str, str, int]:
+    match message:
+        case (str(execution_id), str(task_id), int(epoch)) if 0 <= epoch < 2**31 and "\0" not in execution_id + task_id:
+            return execution_id, task_id, epoch
+        case _:
+            log.warning("a message of the wrong form was dropped")
+            raise Ignore
+
+
+def _bound_name(dependency: str, names: set[str]) -> str | None:
+    """The parameter that takes a dependency's result: its id, with - read as _ where no parameter is called so."""
+    plain = dependency.replace("-", "_")
+    return dependency if dependency in names else plain if plain in names else None
+
+
+def _text(exc: BaseException) -> str:
+    try:
+        return str(exc) or type(exc).__name__
+    except Exception:
+        return f"{type(exc).__name__} (its message cannot be read)"
+
+
+def in_pool_child() -> bool:
+    """Whether this process is one of a prefork pool's, which its parent replaces when it dies."""
+    return bool(current_process().name != "MainProcess")

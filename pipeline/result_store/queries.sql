@@ -1,0 +1,246 @@
+-- Every statement of the engine that is not a migration.
+-- `-- name --` opens a statement, the comment below says what it is for; parameters are named, as psycopg has them.
+
+-- now --
+-- The database's clock: the only clock that decides.
+SELECT pipeline.clock() AS now
+
+-- insert_definition --
+-- Record a definition; no row where its id and version are there already.
+INSERT INTO pipeline.workflow_definitions (workflow_id, version, digest, definition)
+VALUES (%(workflow_id)s, %(version)s, %(digest)s, %(definition)s)
+ON CONFLICT (workflow_id, version) DO NOTHING RETURNING definition_id
+
+-- insert_plan --
+-- Record what a definition compiles to.
+WITH plan AS (
+    INSERT INTO pipeline.workflow_tasks
+        (definition_id, task_id, number, handler, timeout, dependencies, waits_for, releases, headers)
+    SELECT %(definition_id)s, t.* FROM json_to_recordset(%(tasks)s) AS t (
+        task_id text, number int, handler text, timeout double precision,
+        dependencies text[], waits_for text[], releases text[], headers int[]))
+INSERT INTO pipeline.workflow_headers (definition_id, number, tasks, bodies)
+SELECT %(definition_id)s, h.* FROM json_to_recordset(%(headers)s) AS h (number int, tasks text[], bodies text[])
+
+-- definition_digest --
+-- What is registered under an id and version.
+SELECT definition_id, digest FROM pipeline.workflow_definitions
+ WHERE workflow_id = %(workflow_id)s AND version = %(version)s
+
+-- find_definition --
+-- A registered definition; the newest where no version is asked for.
+SELECT definition_id, definition::text AS definition FROM pipeline.workflow_definitions
+ WHERE workflow_id = %(workflow_id)s AND (%(version)s::text IS NULL OR version = %(version)s)
+ ORDER BY definition_id DESC LIMIT 1
+
+-- definition_by_id --
+-- The definition that an execution started with.
+SELECT definition_id, definition::text AS definition FROM pipeline.workflow_definitions
+ WHERE definition_id = %(definition_id)s
+
+-- definition_of --
+-- The definition of an execution.
+SELECT d.definition_id, d.definition::text AS definition
+  FROM pipeline.workflow_executions e JOIN pipeline.workflow_definitions d USING (definition_id)
+ WHERE e.execution_id = %(execution_id)s
+
+-- create_execution --
+-- Record an execution, its state, all its tasks and counters.
+SELECT * FROM pipeline.create_execution(
+    %(execution_id)s, %(definition_id)s, %(user_id)s, %(idempotency_key)s, %(input_data)s, %(input_digest)s,
+    %(variables)s, %(timeout)s, %(grace)s)
+
+-- ready_tasks --
+-- The tasks of an execution that wait for a worker, as a publisher needs them.
+SELECT t.execution_id, t.task_id, t.epoch, t.handler, w.timeout
+  FROM pipeline.task_executions t
+  JOIN pipeline.workflow_executions e USING (execution_id)
+  JOIN pipeline.workflow_tasks w ON w.definition_id = e.definition_id AND w.task_id = t.task_id
+ WHERE t.execution_id = %(execution_id)s AND t.status = 'pending' AND t.due_at IS NOT NULL
+ ORDER BY w.number
+
+-- claim_task --
+-- Take a task for this worker's incarnation; no row where the message was stale.
+SELECT * FROM pipeline.claim_task(%(execution_id)s, %(task_id)s, %(epoch)s, %(worker_id)s, %(hard_limit)s)
+
+-- execution_state --
+-- What every task of an execution may read.
+SELECT e.workflow_id, e.created_by, s.variables, s.input_data
+  FROM pipeline.workflow_executions e JOIN pipeline.workflow_states s USING (execution_id)
+ WHERE e.execution_id = %(execution_id)s
+
+-- results_of --
+-- Results of named tasks.
+SELECT task_id, result FROM pipeline.task_executions
+ WHERE execution_id = %(execution_id)s AND task_id = ANY (%(task_ids)s)
+
+-- complete_task --
+-- Record a success along the straight path.
+SELECT c.outcome, r.* FROM pipeline.complete_task(
+    %(execution_id)s, %(task_id)s, %(epoch)s, %(worker_id)s, %(result)s, %(grace)s) c LEFT JOIN unnest(c.ready) r ON true
+
+-- end_task --
+-- Record any end of an attempt along the careful path.
+SELECT c.outcome, r.* FROM pipeline.end_task(
+    %(execution_id)s, %(task_id)s, %(epoch)s, %(worker_id)s, %(outcome)s, %(result)s,
+    %(error_type)s, %(error_message)s, %(error_traceback)s, %(delay)s, %(loss_budget)s, %(grace)s) c
+  LEFT JOIN unnest(c.ready) r ON true
+
+-- running_attempt --
+-- The fence of a running task, for whoever learns that its worker is gone.
+SELECT execution_id, task_id, epoch, worker_id, retries FROM pipeline.task_executions
+ WHERE execution_id = %(execution_id)s AND task_id = %(task_id)s AND status = 'running' AND epoch = %(epoch)s
+
+-- set_progress --
+-- Show how far an attempt is; nothing where the fence does not hold.
+UPDATE pipeline.task_executions SET progress = %(percent)s, progress_message = %(message)s
+ WHERE execution_id = %(execution_id)s AND task_id = %(task_id)s
+   AND status = 'running' AND epoch = %(epoch)s AND worker_id = %(worker_id)s
+
+-- start_worker --
+-- A new incarnation.
+INSERT INTO pipeline.workers (name, pid, expires_at) VALUES (%(name)s, %(pid)s, pipeline.clock() + %(lease)s)
+RETURNING worker_id
+
+-- renew_worker --
+-- Renew the lease, also one that ran out: what the incarnation ran is either still its own or was taken by a fence.
+UPDATE pipeline.workers SET heartbeat_at = pipeline.clock(), expires_at = pipeline.clock() + %(lease)s
+ WHERE worker_id = %(worker_id)s RETURNING worker_id
+
+-- end_worker --
+-- Give the lease back.
+UPDATE pipeline.workers SET expires_at = pipeline.clock() WHERE worker_id = %(worker_id)s RETURNING worker_id
+
+-- running_on --
+-- What an incarnation is said to run, and whether it should go on.
+SELECT t.execution_id, t.task_id, t.epoch, t.worker_id, t.retries, t.started_at < pipeline.clock() - %(age)s AS settled,
+       e.verdict IS NOT DISTINCT FROM 'cancelled' OR e.deadline_at <= pipeline.clock() AS stop
+  FROM pipeline.task_executions t JOIN pipeline.workflow_executions e USING (execution_id)
+ WHERE t.worker_id = %(worker_id)s AND t.status = 'running'
+
+-- recovery_work --
+-- What needs recovery, in one look at the partial indexes: kind and how many.
+SELECT EXISTS (SELECT 1 FROM pipeline.task_executions
+                WHERE status IN ('pending', 'retry') AND due_at <= pipeline.clock()) AS due,
+       EXISTS (SELECT 1 FROM pipeline.task_executions t JOIN pipeline.workers k USING (worker_id)
+                WHERE t.status = 'running' AND k.expires_at <= pipeline.clock()) AS lost,
+       EXISTS (SELECT 1 FROM pipeline.task_executions
+                WHERE status = 'running' AND deadline_at <= pipeline.clock()) AS overdue,
+       EXISTS (SELECT 1 FROM pipeline.workflow_executions
+                WHERE deadline_at <= pipeline.clock() AND finished_at IS NULL AND verdict IS NULL) AS expired
+
+-- lost_attempts --
+-- Running tasks whose worker's lease ran out.
+SELECT t.execution_id, t.task_id, t.epoch, t.worker_id, t.retries
+  FROM pipeline.task_executions t JOIN pipeline.workers k USING (worker_id)
+ WHERE t.status = 'running' AND k.expires_at <= pipeline.clock()
+ ORDER BY t.execution_id, t.task_id LIMIT %(limit)s
+
+-- overdue_attempts --
+-- Running tasks that even the hard limit did not end.
+SELECT execution_id, task_id, epoch, worker_id, retries FROM pipeline.task_executions
+ WHERE status = 'running' AND deadline_at <= pipeline.clock()
+ ORDER BY execution_id, task_id LIMIT %(limit)s
+
+-- expired_executions --
+-- Open executions whose time is up.
+SELECT execution_id FROM pipeline.workflow_executions
+ WHERE deadline_at <= pipeline.clock() AND finished_at IS NULL AND verdict IS NULL
+ ORDER BY execution_id LIMIT %(limit)s
+
+-- expire_execution --
+-- End an execution whose time is up.
+SELECT pipeline.expire_execution(%(execution_id)s) AS expired
+
+-- count_published --
+-- How many messages the broker should hold: tasks that were published and not claimed.
+SELECT count(*)::int AS count FROM pipeline.task_executions
+ WHERE status IN ('pending', 'retry') AND due_at IS NOT NULL AND hints > 0
+
+-- take_due --
+-- Tasks whose message is due, pushed ahead so that the next look is later each time; what is paused waits unpublished.
+-- With `first_only`, tasks that were published before are left to the messages that the broker still holds.
+WITH due AS (
+    SELECT t.execution_id, t.task_id, e.definition_id, e.paused OR e.verdict IS NOT NULL AS held
+      FROM pipeline.task_executions t JOIN pipeline.workflow_executions e USING (execution_id)
+     WHERE t.status IN ('pending', 'retry') AND t.due_at <= pipeline.clock()
+       AND (t.hints = 0 OR NOT %(first_only)s)
+     ORDER BY t.due_at LIMIT %(limit)s FOR UPDATE OF t SKIP LOCKED
+), pushed AS (
+    UPDATE pipeline.task_executions t
+       SET due_at = CASE WHEN d.held THEN pipeline.clock() + interval '1 hour'
+                         ELSE pipeline.clock() + %(grace)s * (2 ^ least(t.hints, 6)) END,
+           hints = CASE WHEN d.held THEN t.hints ELSE t.hints + 1 END,
+           ready_at = coalesce(t.ready_at, pipeline.clock())
+      FROM due d WHERE t.execution_id = d.execution_id AND t.task_id = d.task_id
+    RETURNING t.execution_id, t.task_id, t.epoch, t.handler, d.definition_id, d.held)
+SELECT p.execution_id, p.task_id, p.epoch, p.handler, w.timeout
+  FROM pushed p JOIN pipeline.workflow_tasks w ON w.definition_id = p.definition_id AND w.task_id = p.task_id
+ WHERE NOT p.held ORDER BY p.execution_id, w.number
+
+-- cancel_execution --
+-- Stop an execution: the status that it was found in, NULL where there is none.
+SELECT pipeline.cancel_execution(%(execution_id)s, %(user_id)s) AS status
+
+-- pause_execution --
+-- Let nothing new start.
+SELECT pipeline.pause_execution(%(execution_id)s, %(user_id)s) AS status
+
+-- resume_execution --
+-- Let things start again.
+SELECT pipeline.resume_execution(%(execution_id)s, %(user_id)s) AS status
+
+-- retry_execution --
+-- Open a failed or cancelled execution again.
+SELECT pipeline.retry_execution(%(execution_id)s, %(user_id)s) AS status
+
+-- get_execution --
+-- One execution.
+SELECT e.execution_id, e.workflow_id, d.version, d.digest, e.status, e.verdict, e.paused, e.run, e.created_by,
+       e.idempotency_key, e.error_message, e.created_at, e.started_at, e.finished_at, s.input_data, s.variables
+  FROM pipeline.workflow_executions e
+  JOIN pipeline.workflow_definitions d USING (definition_id)
+  JOIN pipeline.workflow_states s USING (execution_id)
+ WHERE e.execution_id = %(execution_id)s
+
+-- get_tasks --
+-- Its tasks, in topological order.
+SELECT t.task_id, t.handler, t.status, t.epoch, t.attempt, t.retries, t.losses, t.ready_at, t.started_at,
+       t.finished_at, t.progress, t.progress_message, t.result, t.error_type, t.error_message, t.error_traceback,
+       CASE WHEN t.status = 'retry' THEN t.due_at END AS retry_at, k.name AS worker
+  FROM pipeline.task_executions t
+  JOIN pipeline.workflow_executions e USING (execution_id)
+  JOIN pipeline.workflow_tasks w ON w.definition_id = e.definition_id AND w.task_id = t.task_id
+  LEFT JOIN pipeline.workers k USING (worker_id)
+ WHERE t.execution_id = %(execution_id)s ORDER BY w.number
+
+-- get_attempts --
+-- The attempts of a task that were followed by another, in order.
+SELECT a.attempt, a.epoch, a.outcome, a.started_at, a.ended_at, a.error_type, a.error_message, a.error_traceback,
+       k.name AS worker
+  FROM pipeline.task_attempts a LEFT JOIN pipeline.workers k USING (worker_id)
+ WHERE a.execution_id = %(execution_id)s AND a.task_id = %(task_id)s ORDER BY a.epoch
+
+-- get_task --
+-- One task's state, for Celery's AsyncResult.
+SELECT status, result, error_type, error_message, error_traceback, finished_at FROM pipeline.task_executions
+ WHERE execution_id = %(execution_id)s AND task_id = %(task_id)s
+
+-- execution_status --
+-- Only the status, for waiters.
+SELECT status FROM pipeline.workflow_executions WHERE execution_id = %(execution_id)s
+
+-- list_executions --
+-- The newest executions, with how many of their tasks ended.
+SELECT e.execution_id, e.workflow_id, d.version, e.status, e.paused, e.created_by, e.error_message, e.created_at,
+       e.started_at, e.finished_at, count(t.*) AS tasks, count(t.finished_at) AS ended
+  FROM (SELECT * FROM pipeline.workflow_executions
+         WHERE %(status)s::text IS NULL OR status = %(status)s
+         ORDER BY created_at DESC LIMIT %(limit)s) e
+  JOIN pipeline.workflow_definitions d USING (definition_id)
+  LEFT JOIN pipeline.task_executions t USING (execution_id)
+ GROUP BY 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 ORDER BY e.created_at DESC
+
+-- audit --
+-- Every violated invariant.
+SELECT * FROM pipeline.audit()

@@ -1,0 +1,211 @@
+"""What the store answers: frozen values, one class per kind of row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from pipeline.states import ExecutionStatus, TaskStatus
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadyTask:
+    """A task that a worker may claim: what its message needs."""
+
+    execution_id: str
+    task_id: str
+    epoch: int
+    handler: str
+    timeout: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Created:
+    """The answer to a submission."""
+
+    #: false where the idempotency key was used before
+    created: bool
+    execution_id: str
+    #: whether definition and input are those of the execution that the key belongs to
+    same_work: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A task that is now this worker's."""
+
+    definition_id: int
+    epoch: int
+    attempt: int
+    #: retries used so far in this run
+    retries: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fence:
+    """What an attempt must hold to change its task."""
+
+    execution_id: str
+    task_id: str
+    epoch: int
+    worker_id: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt(Fence):
+    """A running attempt as others see it."""
+
+    retries: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running(Attempt):
+    """A running attempt as its own worker sees it."""
+
+    #: whether it has been running for longer than a claim's answer takes
+    settled: bool
+    #: whether its execution was cancelled or is out of time
+    stop: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """The answer to a completion."""
+
+    #: done, or stale: the fence did not hold and nothing was changed
+    outcome: str
+    ready: tuple[ReadyTask, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """What every task of an execution may read."""
+
+    workflow_id: str
+    created_by: str | None
+    variables: dict[str, Any]
+    input_data: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """Which kinds of recovery have something to do."""
+
+    due: bool
+    lost: bool
+    overdue: bool
+    expired: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecutionRow:
+    """One execution, without its tasks."""
+
+    execution_id: str
+    workflow_id: str
+    version: str
+    digest: str
+    status: ExecutionStatus
+    verdict: str | None
+    paused: bool
+    run: int
+    created_by: str | None
+    idempotency_key: str | None
+    error_message: str | None
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    input_data: dict[str, Any]
+    variables: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "status", ExecutionStatus(self.status))  # the driver gives text
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskExecution:
+    """One task of an execution, as its last attempt left it."""
+
+    task_id: str
+    handler: str
+    status: TaskStatus
+    epoch: int
+    attempt: int
+    retries: int
+    losses: int
+    ready_at: datetime | None
+    started_at: datetime | None
+    finished_at: datetime | None
+    progress: float | None
+    progress_message: str | None
+    result: Any
+    error_type: str | None
+    error_message: str | None
+    error_traceback: str | None
+    #: when a task in state retry is due again
+    retry_at: datetime | None
+    worker: str | None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "status", TaskStatus(self.status))  # the driver gives text
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttemptRow:
+    """An attempt that was followed by another."""
+
+    attempt: int
+    epoch: int
+    outcome: str
+    started_at: datetime | None
+    ended_at: datetime
+    error_type: str | None
+    error_message: str | None
+    error_traceback: str | None
+    worker: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskState:
+    """A task as Celery's AsyncResult sees it."""
+
+    status: TaskStatus
+    result: Any
+    error_type: str | None
+    error_message: str | None
+    error_traceback: str | None
+    finished_at: datetime | None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "status", TaskStatus(self.status))  # the driver gives text
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecutionSummary:
+    """One line of a list of executions."""
+
+    execution_id: str
+    workflow_id: str
+    version: str
+    status: ExecutionStatus
+    paused: bool
+    created_by: str | None
+    error_message: str | None
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    tasks: int
+    ended: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "status", ExecutionStatus(self.status))  # the driver gives text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Violation:
+    """An invariant that does not hold."""
+
+    violation: str
+    execution_id: str
+    subject: str

@@ -1,0 +1,76 @@
+"""EXECUTE, around the pool: what a worker does beside running tasks, as bootsteps of Celery's worker.
+
+It refuses to start on a database of another schema, runs recovery beside itself, and gives its incarnation back.
+"""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from typing import Any
+
+from celery import Celery, bootsteps
+from celery.signals import after_setup_logger, celeryd_init, worker_process_shutdown
+
+from pipeline.errors import PipelineError
+from pipeline.execution import Executor
+from pipeline.result_store.migrations import require_current
+
+
+def equip(celery: Celery, executor: Executor, *, database_url: str, recovery_beside: bool) -> None:
+    """Give workers of this app their bootsteps and signals."""
+
+    class SchemaGate(bootsteps.StartStopStep):  # type: ignore[misc]
+        """Refuses a database that is on another schema version."""
+
+        def __init__(self, worker: Any, **options: Any) -> None:
+            super().__init__(worker, **options)
+            try:
+                require_current(database_url)
+            except PipelineError as exc:
+                sys.exit(f"worker not started: {exc}")
+
+    celery.steps["worker"].add(SchemaGate)
+    if recovery_beside:
+        celery.steps["worker"].add(RecoveryBeside)
+
+    def take_name(sender: str, **_: Any) -> None:
+        executor.attendant.name = sender
+
+    def redact(logger: logging.Logger, **_: Any) -> None:
+        for handler in logger.handlers:
+            handler.addFilter(executor.redactor)
+
+    def close(**_: Any) -> None:
+        executor.attendant.close()
+
+    celeryd_init.connect(take_name, weak=False)
+    after_setup_logger.connect(redact, weak=False)
+    worker_process_shutdown.connect(close, weak=False)
+
+
+class RecoveryBeside(bootsteps.StartStopStep):  # type: ignore[misc]
+    """Runs recovery as a process of its own: it asks the database, which a worker's event loop must not wait for."""
+
+    #: after the pool, so that its processes do not hold the pipe open that tells recovery of our end
+    requires = ("celery.worker.components:Pool",)
+
+    def __init__(self, worker: Any, **options: Any) -> None:
+        super().__init__(worker, **options)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self, worker: Any) -> None:
+        """Start it; it ends when its standard input does."""
+        command = [sys.executable, "-m", "pipeline", "scheduler", "--until-eof"]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+
+    def stop(self, worker: Any) -> None:
+        """End it."""
+        process, self._process = self._process, None
+        if process is not None and process.stdin is not None:
+            process.stdin.close()
+            process.terminate()
+            process.wait(10)
+
+    terminate = stop
