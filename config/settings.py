@@ -93,6 +93,11 @@ class Settings(BaseModel):
             wrong = (f"PIPELINE_{'_'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in exc.errors(include_input=False))
             raise ValueError("; ".join(wrong)) from None
 
+    @staticmethod
+    def child_environment(changes: Mapping[str, str]) -> dict[str, str]:
+        """The environment of a process of ours, with some variables set."""
+        return {**os.environ, **changes}
+
     @property
     def handler_modules(self) -> tuple[str, ...]:
         """Every module of handlers, the built-in ones first."""

@@ -146,20 +146,15 @@ def _span(bounds: Bounds) -> str:
     return f"{'' if bounds.min is None else bounds.min}..{'' if bounds.max is None else bounds.max}"
 
 
-def _like(column: str, name: str, value: Value) -> str:
-    """A parameter as the column has it: a text (a date, say) is cast to its type, numbers are compared as they are."""
-    return f"cast_to_type(${name}, {tables.quoted(column)})" if isinstance(value, str) else f"${name}"
-
-
 def _outside(column: str, bounds: Bounds) -> tuple[str, dict[str, Any]]:
     params = {name: value for name, value in (("min", bounds.min), ("max", bounds.max)) if value is not None}
     signs = {"min": "<", "max": ">"}
-    tests = (f"{tables.quoted(column)} {signs[name]} {_like(column, name, value)}" for name, value in params.items())
+    tests = (f"{tables.quoted(column)} {signs[name]} ${name}" for name in params)
     return f"FROM data WHERE {' OR '.join(tests) or 'false'}", params
 
 
 def _not_among(column: str, allowed: Sequence[Value]) -> tuple[str, dict[str, Any]]:
     params = {f"v{place}": value for place, value in enumerate(allowed)}
-    listed = ", ".join(_like(column, name, value) for name, value in params.items())
+    listed = ", ".join(f"${name}" for name in params)
     test = f"{tables.quoted(column)} NOT IN ({listed})" if listed else f"{tables.quoted(column)} IS NOT NULL"
     return f"FROM data WHERE {test}", params

@@ -23,11 +23,10 @@ PARQUET: Final = "application/vnd.apache.parquet"
 #: one task must not take the machine from the others of its worker; what does not fit in memory goes to a scratch folder
 LIMITS: Final[dict[str, str | bool | int | float | list[str]]] = {"threads": "2", "memory_limit": "1GB"}
 
-#: DuckDB may neither load code nor see the handler's variables
+#: DuckDB must not fetch or load code on its own, not even for what the handlers themselves ask before the lock
 CLOSED: Final[dict[str, str | bool | int | float | list[str]]] = {
     "autoinstall_known_extensions": "false",
     "autoload_known_extensions": "false",
-    "python_enable_replacements": "false",
 }
 
 #: what may go well at the next try

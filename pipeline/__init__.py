@@ -1,7 +1,8 @@
 """Data workflows on Celery, recorded in Postgres. The map, in the order of the flow:
 
 DEFINE     definition  builder  document      what is declared: in Python, YAML, JSON or dicts
-VALIDATE   validation  templates  catalogue   every problem at once, with place and mend
+VALIDATE   validation  contents  problems  templates  graph  catalogue
+                                              every problem at once, with place and mend
 COMPILE    compiler  drawing  picture         groups and chords, and how they look
 DISPATCH   dispatch                           record an execution, publish what is ready
 EXECUTE    handler  execution  attendance  worker  artifacts  redaction
@@ -10,8 +11,8 @@ RECORD     result_store  result_backend       Postgres is the truth; Celery's vi
 RECOVER    recovery                           publish what was lost, take tasks from lost workers
 OBSERVE    observe  display                   read-only views, and how a terminal shows them
 
-Across the stages: states and errors. On top: engine (the door for programs), cli (the door for people), app (the
-composition root), stack, embedded and servers (the processes of one machine).
+Across the stages: states and errors. On top: engine (the door for programs), cli and commands (the door for people),
+app (the composition root), local, stack, embedded and servers (the processes of one machine).
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ class WorkflowDefinition(_Value):
         strict=True,
         gt=0,
         le=31_536_000,
-        description="seconds for a whole execution; not yet run by this version",
+        description="seconds that a whole execution may take",
     )
 
     @model_validator(mode="before")

@@ -121,7 +121,8 @@ class Dispatcher:
 
     @property
     def _queue(self) -> Queue:
-        return self.celery.amqp.queues[self.celery.conf.task_default_queue]
+        queue: Queue = self.celery.amqp.queues[self.celery.conf.task_default_queue]
+        return queue
 
     @cached_property
     def _broker_errors(self) -> tuple[type[BaseException], ...]:

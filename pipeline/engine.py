@@ -7,15 +7,13 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
 
-import psycopg
-
 from config.settings import Settings
 from pipeline.app import Installation
 from pipeline.definition import WorkflowDefinition
 from pipeline.document import Document
 from pipeline.errors import DatabaseUnavailable, IllegalTransition, WaitTimeout
 from pipeline.observe import Execution, read_execution
-from pipeline.result_store.connection import Listener
+from pipeline.result_store.connection import Connection, Listener
 from pipeline.result_store.rows import AttemptRow, ExecutionSummary
 from pipeline.states import OPEN_EXECUTIONS, TERMINAL_EXECUTIONS, ExecutionStatus
 from pipeline.validation import validate, validate_input
@@ -70,7 +68,7 @@ class WorkflowEngine:
 
     def execute_workflow(
         self, workflow_def: Workflow, input_data: Mapping[str, Any] | None = None, user_id: str | None = None, *,
-        idempotency_key: str | None = None, connection: psycopg.Connection[Any] | None = None,
+        idempotency_key: str | None = None, connection: Connection | None = None,
     ) -> str:  # fmt: skip
         """Enqueue an execution and return its id, `exec-` and twelve hexadecimal digits.
 

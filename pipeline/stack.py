@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import FrameType, TracebackType
@@ -47,8 +47,8 @@ class Process:
     #: unique in the stack; its log is `<name>.log`
     name: str
     command: tuple[str, ...]
-    #: added to our own environment
-    env: Mapping[str, str] = field(default_factory=dict)
+    #: its whole environment; None: ours
+    env: Mapping[str, str] | None = None
 
 
 class Stack:
@@ -226,7 +226,7 @@ class _Child:
             self._running = running = subprocess.Popen(
                 ["/bin/sh", "-c", _STARTER, "sh", *self.process.command],
                 stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True,
-                env={**os.environ, **self.process.env},  # handed on as it is: the child reads its own settings
+                env=self.process.env,
             )  # fmt: skip
         threading.Thread(target=self._await, args=(running, events), name=self.process.name, daemon=True).start()
 

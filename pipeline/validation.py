@@ -128,8 +128,6 @@ def _header(found: Problems, data: dict[str, Any], limits: Limits) -> WorkflowDe
     header, wrong = found.model(WorkflowDefinition, {**data, "tasks": (stand_in,)}, ())
     if data.get("triggers") and "triggers" not in wrong:
         found.add(("triggers",), "triggers are not yet run by this version", "start it with `pipeline run`")
-    if data.get("timeout") is not None and "timeout" not in wrong:
-        found.add(("timeout",), "a timeout of the workflow is not yet run by this version", "give the tasks timeouts")
     if has_templates(data.get("variables")):
         found.add(("variables",), "variables are constants, templates work in params only", "move the template there")
     schema = data.get("input_schema")

@@ -11,11 +11,21 @@ import sys
 from typing import Any
 
 from celery import Celery, bootsteps
-from celery.signals import after_setup_logger, celeryd_init, worker_process_shutdown
+from celery.concurrency import prefork
+from celery.signals import (
+    after_setup_logger,
+    celeryd_init,
+    worker_process_init,
+    worker_process_shutdown,
+    worker_ready,
+    worker_shutdown,
+)
 
-from pipeline.errors import PipelineError
+from pipeline.errors import DatabaseUnavailable, PipelineError
 from pipeline.execution import Executor
 from pipeline.result_store.migrations import require_current
+
+log = logging.getLogger(__name__)
 
 
 def equip(celery: Celery, executor: Executor, *, database_url: str, recovery_beside: bool) -> None:
@@ -42,12 +52,25 @@ def equip(celery: Celery, executor: Executor, *, database_url: str, recovery_bes
         for handler in logger.handlers:
             handler.addFilter(executor.redactor)
 
+    def enter(**_: Any) -> None:
+        try:
+            executor.attendant.worker_id()
+        except DatabaseUnavailable as exc:  # the first claim tries again
+            log.warning("%s", exc)
+
+    def enter_without_children(sender: Any, **_: Any) -> None:
+        if not isinstance(sender.pool, prefork.TaskPool):
+            enter()
+
     def close(**_: Any) -> None:
         executor.attendant.close()
 
     celeryd_init.connect(take_name, weak=False)
     after_setup_logger.connect(redact, weak=False)
+    worker_process_init.connect(enter, weak=False)
+    worker_ready.connect(enter_without_children, weak=False)
     worker_process_shutdown.connect(close, weak=False)
+    worker_shutdown.connect(close, weak=False)
 
 
 class RecoveryBeside(bootsteps.StartStopStep):  # type: ignore[misc]

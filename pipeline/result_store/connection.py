@@ -22,6 +22,9 @@ from pipeline.errors import DatabaseUnavailable, SchemaMismatch
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
+#: a caller's own connection, of psycopg 3
+Connection = psycopg.Connection[Any]
+
 _OPTIONS = "-c timezone=UTC -c jit=off -c statement_timeout=60000 -c idle_in_transaction_session_timeout=60000"
 _TRIES_ON_CONFLICT = 10
 

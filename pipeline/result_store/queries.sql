@@ -111,6 +111,15 @@ UPDATE pipeline.workers SET heartbeat_at = pipeline.clock(), expires_at = pipeli
 -- Give the lease back.
 UPDATE pipeline.workers SET expires_at = pipeline.clock() WHERE worker_id = %(worker_id)s RETURNING worker_id
 
+-- live_workers --
+-- How many incarnations after a given one have a lease that runs.
+SELECT count(*)::int AS count FROM pipeline.workers
+ WHERE expires_at > pipeline.clock() AND worker_id > %(after)s
+
+-- newest_worker --
+-- The last incarnation that was made.
+SELECT coalesce(max(worker_id), 0)::int AS count FROM pipeline.workers
+
 -- running_on --
 -- What an incarnation is said to run, and whether it should go on.
 SELECT t.execution_id, t.task_id, t.epoch, t.worker_id, t.retries, t.started_at < pipeline.clock() - %(age)s AS settled,

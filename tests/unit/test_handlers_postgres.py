@@ -276,6 +276,7 @@ def test_query_without_rows_keeps_the_columns(attempt: Attempt) -> None:
         "SELECT 1) AS q; DELETE FROM t; SELECT * FROM (SELECT 1",
         "SELECT 1) TO STDOUT; DELETE FROM t; COPY (SELECT 1",
         "SELECT 1; DELETE FROM t",
+        "SELECT 1) AS q; COMMIT; DELETE FROM t; SELECT * FROM (SELECT 1",
         "SELECT wipe()",
         "SELECT set_config('transaction_read_only', 'off', true), wipe()",
     ],
