@@ -89,10 +89,11 @@ class Dispatcher:
         queue = self._queue
         try:
             with self.celery.producer_or_acquire() as producer, producer.batch():
+                producer.maybe_declare(queue)
                 for task in ready:
                     body, headers, properties = self._message(task)
-                    producer.publish(
-                        body, routing_key=queue.routing_key, exchange=queue.exchange, declare=[queue],
+                    producer.publish(  # by the default exchange: on Redis any other costs a look-up for each message
+                        body, routing_key=queue.name, exchange="",
                         serializer="json", headers=headers, delivery_mode=2, **properties,
                     )  # fmt: skip
         except self._broker_errors as exc:

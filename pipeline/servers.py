@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import random
 import shutil
 import signal
 import socket
@@ -30,6 +31,8 @@ import psutil
 from pipeline.errors import BrokerUnavailable, DatabaseUnavailable, ServiceUnavailable
 
 HOST = "127.0.0.1"
+#: below what Linux and macOS give to outgoing connections
+_PORTS = range(10_000, 32_768)
 #: seconds: a start may have a crash to recover from, a stop a checkpoint to write
 _START_LIMIT, _STOP_LIMIT = 60.0, 20.0
 #: nothing of ours: PG* variables would change what the programs do, and secrets are none of theirs
@@ -75,9 +78,9 @@ class Server(ABC):
             return port
         self._admit(self.program())
         self.prepare()
-        # a port can be taken between the look and the start, and children of a killed server need a moment to go
-        for pause in (0.1, 0.4, 1.0, 0.0):
-            self._forget()
+        # a port can be taken between the look and the start; and the children of a killed Postgres, which must be gone
+        # before the next one starts, need a moment to notice
+        for pause in (0.1, 0.3, 1.0, 3.0, 0.0) if self._forget() else (0.1, 0.0):
             port = _free_port(usual_port)
             if (process := self._launch(port)) and self._wait(process, port):
                 return port
@@ -150,13 +153,16 @@ class Server(ABC):
         except (FileNotFoundError, ValueError, IndexError, psutil.NoSuchProcess):
             return None
 
-    def _forget(self) -> None:
-        """Remove the pid file of a dead server: its number may be another program's by now, as after a reboot."""
+    def _forget(self) -> bool:
+        """Remove what a killed server left, and whether it did: the pid may be another program's by now."""
+        if not (self.folder / self.pid_file).exists():
+            return False
         process = self._recorded()
         with suppress(psutil.NoSuchProcess):
             if process and _lives(process) and process.name() == self.program().name:
-                return  # perhaps on this folder by another path: the server itself will know
+                return True  # perhaps on this folder by another path: the server itself will know
         (self.folder / self.pid_file).unlink(missing_ok=True)
+        return True
 
     def _admit(self, program: Path) -> None:
         """Let the user that root drops to pass through the folders on the way; to pass, not to look."""
@@ -282,12 +288,12 @@ def _account(home: Path) -> dict[str, Any]:
 
 
 def _free_port(usual: int | None) -> int:
-    """The usual port where it is free, else any."""
-    for port in (usual or 0, 0):
+    """The usual port where it is free, else any that no outgoing connection can take while the server is down."""
+    for port in filter(None, (usual, *random.sample(_PORTS, 100))):
         with socket.socket() as probe, suppress(OSError):
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((HOST, port))
-            return int(probe.getsockname()[1])
+            return port
     raise ServiceUnavailable(f"no port is free on {HOST}")
 
 
