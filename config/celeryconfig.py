@@ -34,7 +34,8 @@ worker_disable_rate_limits = True
 # Workers outlive the broker's restarts.
 broker_connection_retry_on_startup = True
 broker_connection_max_retries = None
-broker_pool_limit = 4
+# Flower asks nine things at once, and each question holds one connection while it waits for another.
+broker_pool_limit = 32
 # Whoever publishes must not hang on a dead broker: recovery publishes later.
 task_publish_retry = False
 enable_utc = True

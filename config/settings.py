@@ -11,7 +11,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 #: modules of handlers that come with the package
 BUILT_IN_HANDLERS = (
@@ -34,13 +43,29 @@ Items = Annotated[
 ]
 
 
+
+def _url(*schemes: str) -> AfterValidator:
+    """A URL of one of these schemes; what is wrong is not shown, for it may hold a password."""
+
+    def check(url: str | None) -> str | None:
+        if url is not None and url.partition("://")[0] not in schemes:
+            raise ValueError(f"write a URL that begins with {' or '.join(f'{s}://' for s in schemes[:2])}")
+        return url
+
+    return AfterValidator(check)
+
+
 class Settings(BaseModel):
     """A frozen picture of the environment."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    database_url: str | None = Field(None, description="postgresql:// URL; unset: an embedded server under home")
-    broker_url: str | None = Field(None, description="redis:// or amqp:// URL; unset: an embedded Redis under home")
+    database_url: Annotated[str | None, _url("postgresql", "postgres")] = Field(
+        None, description="postgresql:// URL; unset: an embedded server under home"
+    )
+    broker_url: Annotated[str | None, _url("redis", "amqp", "rediss", "amqps")] = Field(
+        None, description="redis:// or amqp:// URL; unset: an embedded Redis under home"
+    )
     home: Path = Field(Path(".pipeline"), description="folder of embedded services and local artifacts")
     handlers: Items = Field((), description="modules of handlers beside the built-in ones")
     artifacts_url: str | None = Field(None, description="fsspec URL of artifacts; unset: <home>/artifacts")
@@ -51,6 +76,9 @@ class Settings(BaseModel):
     sweep: float = Field(1, ge=0.05, le=60, description="seconds between two looks of recovery")
     grace: float = Field(10, ge=1, le=3600, description="seconds a published task may wait before it is looked at again")
     hard_limit: float = Field(10, ge=1, le=3600, description="seconds after a task's timeout until its process is killed")
+    drain: float = Field(15, ge=0, description="seconds that running tasks may go on after SIGTERM; then they go back")
+    retention_days: float | None = Field(None, gt=0, description="days that ended executions are kept; unset: for ever")
+    archive_url: str | None = Field(None, description="fsspec URL that gets executions as JSON before they are forgotten")
     recovery_beside: bool = Field(True, description="whether each worker runs recovery beside itself")
     loss_budget: int = Field(5, ge=0, le=100, description="times that a task may lose its worker before it fails")
     database_patience: float = Field(60, ge=0, description="seconds that a worker waits for the database to come back")
@@ -59,7 +87,9 @@ class Settings(BaseModel):
     max_tasks: int = Field(100_000, ge=1, description="most tasks in a definition")
     flower_port: int = Field(5555, ge=0, le=65_535, description="port of Flower; 0: no Flower in `pipeline up`")
     flower_address: str = Field("127.0.0.1", description="address that Flower listens on")
-    flower_basic_auth: Items = Field((), description="user:password pairs for Flower")
+    flower_basic_auth: Items = Field(
+        (), repr=False, validate_default=True, description="user:password pairs for Flower"
+    )
     log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="level of all processes")
     file_roots: Items = Field((), description="local folders that files.* may read and write; the artifacts always")
     file_schemes: Items = Field(("file", "package"), description="URL schemes that files.* may use")
@@ -74,6 +104,17 @@ class Settings(BaseModel):
     python_calls: Items = Field((), description="import paths that python.call may call, as package.module:function")
     shell_enabled: bool = Field(False, description="whether shell.run may run programs")
     smtp_url: str | None = Field(None, description="smtp:// or smtps:// URL of notify.email")
+    fault_plan: Path | None = Field(None, description="file of planned faults; only for the crash kit")
+
+    @field_validator("flower_basic_auth")
+    @classmethod
+    def _closed(cls, pairs: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if any(not all(pair.partition(":")) for pair in pairs):
+            raise ValueError("write user:password, several with commas between them")
+        address = info.data.get("flower_address", "")
+        if not pairs and address not in ("127.0.0.1", "::1", "localhost"):
+            raise ValueError("needed where PIPELINE_FLOWER_ADDRESS is not this machine's own: write user:password")
+        return pairs
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> Self:
@@ -90,7 +131,10 @@ class Settings(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as exc:
-            wrong = (f"PIPELINE_{'_'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in exc.errors(include_input=False))
+            wrong = (
+                f"PIPELINE_{'_'.join(map(str, e['loc'])).upper()}: {e['msg'].removeprefix('Value error, ')}"
+                for e in exc.errors(include_input=False)
+            )
             raise ValueError("; ".join(wrong)) from None
 
     @staticmethod

@@ -25,6 +25,7 @@ from pipeline.recovery import Recovery
 from pipeline.result_backend import StoreBackend
 from pipeline.result_store.migrations import upgrade
 from pipeline.result_store.store import ResultStore
+from pipeline.retention import Retention
 from pipeline.worker import equip
 
 
@@ -100,12 +101,16 @@ class Installation:
         celery = Celery("pipeline", backend=self._backend, set_as_current=False)
         celery.config_from_object(celeryconfig)
         redis = self.broker_url.startswith("redis")
+        celery.installation = self
         queue = self.settings.queue
         exchange = Exchange(queue, type="direct" if redis else "topic")
         celery.conf.update(
             broker_url=self.broker_url,
             broker_transport_options=dict(celeryconfig.REDIS_TRANSPORT if redis else celeryconfig.AMQP_TRANSPORT),
             task_default_queue=queue,
+            # installations that share a broker neither see nor steer each other's workers
+            control_exchange=f"{queue}.control",
+            event_exchange=f"{queue}.events",
             task_default_queue_type="classic" if redis else "quorum",
             task_default_exchange_type=exchange.type,
             task_queues=[
@@ -121,8 +126,8 @@ class Installation:
     @cached_property
     def worker_app(self) -> Celery:
         """The Celery app with every handler as a task: what workers run."""
-        executor = self.executor
-        for handler in self.handlers.values():
+        handlers, executor = self.handlers.values(), self.executor
+        for handler in handlers:
             self.celery.register_task(celery_task(handler, executor))
         self._backend.executor = executor
         equip(
@@ -160,6 +165,16 @@ class Installation:
     def recovery(self) -> Recovery:
         """Publishes what was lost."""
         return Recovery(self.store, self.dispatcher, waiting=self.dispatcher.waiting, lease=self.settings.lease)
+
+    @cached_property
+    def retention(self) -> Retention | None:
+        """Forgets old executions; None where they are kept for ever."""
+        s = self.settings
+        if s.retention_days is None:
+            return None
+        return Retention(
+            store=self.store, artifacts_root=s.artifacts_root, keep=s.retention_days * 86_400, archive=s.archive_url
+        )
 
     def close(self) -> None:
         """Let go of connections, and of embedded servers where this process is their last holder."""
@@ -201,8 +216,8 @@ def import_modules(names: Iterable[str]) -> list[ModuleType]:
         try:
             module = importlib.import_module(name)
             found.append(module)
-            for info in pkgutil.iter_modules(getattr(module, "__path__", [])):
-                found.append(importlib.import_module(f"{name}.{info.name}"))
-        except Exception as exc:
+            inner = pkgutil.iter_modules(getattr(module, "__path__", []))
+            found.extend(importlib.import_module(f"{name}.{info.name}") for info in inner)
+        except (Exception, SystemExit) as exc:
             raise HandlerImportError(name, f"{type(exc).__name__}: {exc}") from exc
     return found

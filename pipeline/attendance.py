@@ -7,10 +7,10 @@ a heartbeat, a deadline, a notification, or a call to wake.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import logging
 import os
+import select
 import signal
 import socket
 import threading
@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import TypeVar
 
 from pipeline.errors import DatabaseUnavailable, TaskTimeout
 from pipeline.handler import AttemptLost
@@ -25,16 +26,23 @@ from pipeline.result_store.connection import Listener
 from pipeline.result_store.rows import Fence
 from pipeline.result_store.store import ResultStore
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 #: raises in the main thread; Celery's soft time limits, which use it too, are replaced by ours
 _SIGNAL = signal.SIGUSR1
 #: seconds between two writes of one attempt's progress
 _PROGRESS_EVERY = 1.0
+#: how many notices to stop are remembered
+_TOLD = 256
 
 
 class Cancelled(Exception):  # noqa: N818 - it says what happened, as asyncio's does
     """The execution was cancelled while the handler ran."""
+
+
+class HandedBack(Exception):  # noqa: N818 - as above
+    """The worker is shutting down: the task goes back for another worker."""
 
 
 class _Interrupted(BaseException):
@@ -46,53 +54,65 @@ class Attendance:
 
     def __init__(self, attendant: Attendant, fence: Fence, timeout: float) -> None:
         self.fence, self.timeout = fence, timeout
+        #: why the handler is to end; once there is one, it is what is recorded
         self.reason: Exception | None = None
-        self.stopped_at = float("inf")
+        self.deadline = self.stopped_at = float("inf")
+        #: records the end of an attempt that does not stop; set by the executor
+        self.give_up: Callable[[Exception], None] = lambda reason: None
         self.given_up = False
         self.progress: tuple[float, str] | None = None
-        self.progress_at = 0.0
+        self.written: tuple[float, str] | None = None
+        self.written_at = 0.0
         self._attendant = attendant
         self._thread = threading.get_ident()
         self._in_main_thread = threading.current_thread() is threading.main_thread()
         self._lock = threading.Lock()
         self._open = self._sent = False
-        self.deadline = float("inf")
 
-    @contextmanager
-    def interruptible(self) -> Iterator[None]:
-        """The handler's own region: from here on its time runs, and only in here is it stopped.
+    def run(self, call: Callable[[], T]) -> T:
+        """Make a call that is the handler's own: in here its time runs, and only in here is it stopped.
 
         Raises:
-            TaskTimeout, Cancelled, AttemptLost: why it was stopped.
+            TaskTimeout, Cancelled, AttemptLost: why it was stopped, whatever the handler made of that.
         """
+        # Not a context manager: a stop comes between any two instructions, and must always find this `try` around it.
+        cause: BaseException | None = None
         try:
-            with self._lock:
-                if self.reason is not None:
-                    raise self.reason
-                self._open = True
-                self.deadline = time.monotonic() + self.timeout
-            self._attendant.look_by(self.deadline)
             try:
-                yield
+                with self._lock:
+                    self._open = self.reason is None
+                    self.deadline = time.monotonic() + self.timeout
+                if self._open:
+                    self._attendant.look_by(self.deadline)
+                    result = call()
             finally:
-                self._open = False
-                if not self._in_main_thread:
-                    with self._lock:
-                        if self._sent:  # perhaps not delivered yet: it must not hit what comes after
-                            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread), None)
-        except _Interrupted:
-            raise self.reason or AttemptLost("interrupted") from None
-        finally:
-            self.deadline = float("inf")
+                self._close()
+        except BaseException as exc:
+            if self.reason is None:
+                raise
+            cause = exc
+        if self.given_up:
+            raise AttemptLost("it did not stop in time and was given up") from cause
+        if self.reason is not None:
+            raise self.reason from cause
+        return result
+
+    def _close(self) -> None:
+        self._open = False
+        with self._lock:
+            self.deadline = self.stopped_at = float("inf")
+            if self._sent and not self._in_main_thread:  # perhaps not delivered yet: it must not hit what comes after
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread), None)
 
     def stop(self, reason: Exception) -> None:
         """Ask the handler to end; called by the attendant's thread."""
         with self._lock:
             if self.reason is not None:
                 return
-            self.reason, self.stopped_at = reason, time.monotonic()
+            self.reason = reason
             if not self._open:
                 return
+            self.stopped_at = time.monotonic()
             self._sent = True
             if self._in_main_thread:
                 signal.pthread_kill(self._thread, _SIGNAL)
@@ -110,12 +130,12 @@ class Attendance:
     def report(self, percent: float, message: str) -> None:
         """Take note of progress; the attendant writes it."""
         self.progress = (percent, message)
-        self._attendant.look_by(self.progress_at + _PROGRESS_EVERY)
+        self._attendant.look_by(self.written_at + _PROGRESS_EVERY)
 
     def renew(self) -> None:
         """Raise where the attempt should stop."""
         if self.reason is not None:
-            raise self.reason if isinstance(self.reason, AttemptLost) else AttemptLost(str(self.reason))
+            raise AttemptLost(str(self.reason))
 
     def is_cancelled(self) -> bool:
         """True once the attempt should stop."""
@@ -126,27 +146,29 @@ class Attendant:
     """The process's presence in the store.
 
     Args:
-        store: with patience; its connections are per thread.
+        store: its connections are per thread.
         lease: seconds without heartbeat after which the process counts as lost.
         hard_limit: seconds between asking a handler to stop and giving it up.
         name: of the worker, as people know it.
-        give_up: records the end of an attempt that does not stop, with the reason.
         killable: whether the process may be killed for an attempt that does not stop (a prefork child).
     """
 
     def __init__(
-        self, store: ResultStore, *, lease: float, hard_limit: float, name: str,
-        give_up: Callable[[Attendance, Exception], None], killable: Callable[[], bool],
-    ) -> None:  # fmt: skip
-        self.store, self.lease, self.hard_limit, self.name = store, lease, hard_limit, name
-        self._give_up, self._killable = give_up, killable
+        self, store: ResultStore, *, lease: float, hard_limit: float, name: str, killable: Callable[[], bool]
+    ) -> None:
+        # An outage of the store must not hold up the stopping of handlers.
+        self.store = store.impatient()
+        self.lease, self.hard_limit, self.name = lease, hard_limit, name
+        self._killable = killable
         self._lock = threading.Lock()
         self._reset()
 
     def _reset(self) -> None:
         self._pid = os.getpid()
         self._worker_id: int | None = None
-        self._attempts: dict[int, Attendance] = {}
+        self._attempts: set[Attendance] = set()
+        #: executions that were told to stop a short while ago
+        self._told: dict[str, None] = {}
         self._thread: threading.Thread | None = None
         self._listener: Listener | None = None
         self._next_beat = self._next_look = float("inf")
@@ -168,6 +190,7 @@ class Attendant:
             if self._worker_id is None:
                 self._worker_id = self.store.start_worker(name=self.name, pid=os.getpid(), lease=self.lease)
                 self._next_beat = time.monotonic() + self.lease / 3
+                self.look_by(self._next_beat)
             if self._thread is None:
                 with suppress(ValueError):  # not the main thread: attempts are stopped another way there
                     signal.signal(_SIGNAL, self._on_signal)
@@ -182,17 +205,25 @@ class Attendant:
     def attending(self, fence: Fence, timeout: float) -> Iterator[Attendance]:
         """Watch over an attempt until its end is recorded."""
         attendance = Attendance(self, fence, timeout)
-        self._attempts[id(attendance)] = attendance
+        self._attempts.add(attendance)
+        if fence.execution_id in self._told:  # perhaps between the claim and here
+            self._next_beat = 0.0
+            self.look_by(0.0)
         try:
             yield attendance
         finally:
-            self._attempts.pop(id(attendance), None)
+            self._attempts.discard(attendance)
 
     def look_by(self, moment: float) -> None:
         """See to it that the thread wakes at a moment of the monotonic clock, or at once where it is past."""
         if moment < self._next_look:
             with suppress(BlockingIOError):
                 self._wake_in.send(b"\0")
+
+    def hand_back(self) -> None:
+        """Stop what runs here, so that it goes back for another worker."""
+        for attendance in list(self._attempts):
+            attendance.stop(HandedBack("the worker is shutting down"))
 
     def close(self) -> None:
         """Give the incarnation back."""
@@ -206,80 +237,76 @@ class Attendant:
             self.store.end_worker(self._worker_id)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        for attendance in list(self._attempts.values()):
+        for attendance in list(self._attempts):
             attendance.raise_in_main_thread()
 
     def _run(self) -> None:
         while not self._closing:
             try:
                 self._look()
-            except DatabaseUnavailable as exc:
-                log.warning("heartbeat: %s", exc)
-                self._next_beat = time.monotonic() + 1
-            except Exception:
-                log.exception("heartbeat")
-                self._next_beat = time.monotonic() + 1
+            except Exception as exc:
+                log.warning("heartbeat: %s", exc, exc_info=not isinstance(exc, DatabaseUnavailable))
+                self._next_beat = self._next_look = time.monotonic() + 1
+            self._sleep(max(0.0, self._next_look - time.monotonic()))
         if self._listener is not None:
             self._listener.close()
 
     def _look(self) -> None:
-        now = time.monotonic()
-        if now >= self._next_beat:
-            self._beat()
-        for attendance in list(self._attempts.values()):
+        for attendance in list(self._attempts):
             self._enforce(attendance, time.monotonic())
-        self._next_look = min(
-            [self._next_beat]
-            + [a.deadline for a in self._attempts.values() if a.reason is None]
-            + [a.stopped_at + self.hard_limit for a in self._attempts.values() if not a.given_up]
-            + [a.progress_at + _PROGRESS_EVERY for a in self._attempts.values() if a.progress is not None]
-        )
-        self._sleep(max(0.0, self._next_look - time.monotonic()))
+        if time.monotonic() >= self._next_beat:
+            self._beat()
+        for attendance in list(self._attempts):
+            self._write_progress(attendance, time.monotonic())
+        self._next_look = float("inf")  # whoever sets a moment while the next is found wakes us
+        moments = [self._next_beat]
+        for a in list(self._attempts):
+            moments.append(a.deadline if a.reason is None else a.stopped_at + self.hard_limit)
+            if a.progress is not a.written:
+                moments.append(a.written_at + _PROGRESS_EVERY)
+        self._next_look = min(moments)
 
     def _sleep(self, seconds: float) -> None:
-        if self._listener is None:
-            with contextlib.suppress(DatabaseUnavailable):
-                self._listener = self.store.listen("pipeline_stop")
         heard: list[str] = []
         try:
-            if self._listener is not None:
-                heard = self._listener.wait(min(seconds, self.lease), self._wake_out.fileno())
+            if self._listener is None:
+                self._listener = self.store.listen("pipeline_stop")
+            heard = self._listener.wait(min(seconds, self.lease), self._wake_out.fileno())
         except DatabaseUnavailable:
             self._listener = None
-        else:
-            if self._listener is None:
-                self._wake_out.settimeout(max(0.01, min(seconds, 1.0)))
-                with suppress(OSError):
-                    self._wake_out.recv(1)
-                self._wake_out.setblocking(False)
+            select.select([self._wake_out], [], [], min(seconds, 1.0))
         with suppress(BlockingIOError):
             self._wake_out.recv(4096)
-        if heard:
-            self._reconcile()
+        for execution_id in heard:
+            self._told[execution_id] = None
+            if len(self._told) > _TOLD:
+                del self._told[next(iter(self._told))]
+        if any(a.fence.execution_id in heard for a in list(self._attempts)):
+            self._next_beat = 0.0
 
     def _beat(self) -> None:
-        assert self._worker_id is not None
-        self._next_beat = time.monotonic() + self.lease / 3
-        if not self.store.renew_worker(self._worker_id, self.lease):
-            self._worker_id = None
-            for attendance in list(self._attempts.values()):
-                attendance.stop(AttemptLost("this worker's lease is gone"))
+        if self._worker_id is None:  # the next claim makes a new one
+            self._next_beat = float("inf")
             return
-        self._reconcile()
+        self._next_beat = time.monotonic() + self.lease / 3
+        if self.store.renew_worker(self._worker_id, self.lease):
+            self._reconcile(self._worker_id)
+            return
+        self._worker_id = None
+        for attendance in list(self._attempts):
+            attendance.stop(AttemptLost("this worker's lease is gone"))
 
-    def _reconcile(self) -> None:
+    def _reconcile(self, worker_id: int) -> None:
         """Hold what the store says that this process runs against what it does run."""
-        assert self._worker_id is not None
-        mine = {(a.fence.execution_id, a.fence.task_id, a.fence.epoch): a for a in list(self._attempts.values())}
+        mine = {(a.fence.execution_id, a.fence.task_id, a.fence.epoch): a for a in list(self._attempts)}
         rows = {
             (row.execution_id, row.task_id, row.epoch): row
-            for row in self.store.running_on(self._worker_id, age=self.lease / 3)
+            for row in self.store.running_on(worker_id, age=self.lease / 3)
         }
         for key, attendance in mine.items():
             row = rows.get(key)
             if row is None:
-                if id(attendance) in self._attempts:  # else it was recorded while we looked
-                    attendance.stop(AttemptLost("the task was given to another worker"))
+                attendance.stop(AttemptLost("the task was given to another worker"))
             elif row.stop:
                 attendance.stop(Cancelled("the execution was cancelled"))
         for key, row in rows.items():
@@ -290,14 +317,20 @@ class Attendant:
     def _enforce(self, attendance: Attendance, now: float) -> None:
         if now >= attendance.deadline and attendance.reason is None:
             attendance.stop(TaskTimeout(f"ran longer than its timeout of {attendance.timeout:g} s"))
-        if attendance.reason is not None and not attendance.given_up and now >= attendance.stopped_at + self.hard_limit:
-            attendance.given_up = True
-            log.error("task %s does not stop: giving it up", attendance.fence.task_id)
-            if not isinstance(attendance.reason, AttemptLost):
-                self._give_up(attendance, attendance.reason)
+        reason = attendance.reason
+        if reason is None or now < attendance.stopped_at + self.hard_limit:
+            return
+        log.error("task %s of %s does not stop: giving it up", attendance.fence.task_id, attendance.fence.execution_id)
+        attendance.given_up, attendance.stopped_at = True, float("inf")
+        try:
+            if not isinstance(reason, AttemptLost):
+                attendance.give_up(reason)
+        finally:
             if self._killable():
                 os.kill(os.getpid(), signal.SIGKILL)
-        if attendance.progress is not None and now >= attendance.progress_at + _PROGRESS_EVERY:
-            percent, message = attendance.progress
-            attendance.progress, attendance.progress_at = None, now
-            self.store.set_progress(attendance.fence, percent, message)
+
+    def _write_progress(self, attendance: Attendance, now: float) -> None:
+        progress = attendance.progress
+        if progress is not None and progress is not attendance.written and now >= attendance.written_at + _PROGRESS_EVERY:
+            attendance.written, attendance.written_at = progress, now
+            self.store.set_progress(attendance.fence, *progress)

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from enum import IntEnum
+from pathlib import Path
 from types import FrameType
 
 from rich.console import Console
@@ -99,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--input", default="{}", metavar="JSON|@FILE", help="the execution's input, a JSON object")
     run.add_argument("--user", metavar="U", help="recorded as the one who enqueued it")
     run.add_argument("--idempotency-key", metavar="K", help="a repeat with the same key finds the same execution")
-    run.add_argument("--timeout", type=float, metavar="SECONDS", help="give up waiting after so long")
+    run.add_argument("--timeout", type=_seconds, metavar="SECONDS", help="give up waiting after so long")
     run.add_argument("--no-wait", action="store_true", help="enqueue, print the execution's id and leave")
     run.add_argument("--json", action="store_true", help="print one JSON document")
 
@@ -128,11 +129,13 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
-    arguments = parser().parse_args(argv)
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # handlers beside the definitions
-    if arguments.command not in ("up", "worker", "flower"):  # these have their own ways with signals
-        signal.signal(signal.SIGTERM, _terminated)
+    given = sys.argv[1:] if argv is None else argv
+    if not all(_is_text(argument) for argument in given):
+        parser().error("arguments must be UTF-8 text")
+    arguments = parser().parse_args(given)
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)  # handlers beside the definitions
+    signal.signal(signal.SIGTERM, _terminated)  # what was started is ended; workers and Flower have their own ways
     errors = Console(stderr=True)
     try:
         succeeded = arguments.run(arguments)
@@ -164,8 +167,26 @@ def _terminated(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+def _is_text(argument: str) -> bool:
+    """False for bytes that the shell handed on and no database can hold."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds")
     return value

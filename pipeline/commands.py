@@ -2,34 +2,38 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import threading
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from config.settings import Settings
 from pipeline.app import Installation, import_modules, read_settings
 from pipeline.compiler import compile_workflow
 from pipeline.display import execution_table, execution_view, headline, task_table, watch
-from pipeline.document import Document, read_document
+from pipeline.document import Document, Limits, parse_document, read_document
 from pipeline.drawing import draw
 from pipeline.engine import WorkflowEngine
 from pipeline.errors import DefinitionError, InputError, Problem
 from pipeline.handler import collect
 from pipeline.local import Workers, flower_port_is_free, somebody_works
-from pipeline.observe import Execution, to_json
+from pipeline.observe import Execution, summary_dict, to_json
 from pipeline.result_store.migrations import migrations, require_current, upgrade, version
 from pipeline.states import ExecutionStatus
 from pipeline.validation import json_schema
 from pipeline.validation import validate as validate_definition
 
 Command = Callable[[Namespace], bool]
+
+#: columns of a table that is not shown on a terminal
+_WIDE = 1000
 
 
 def demo(arguments: Namespace) -> bool:
@@ -38,13 +42,16 @@ def demo(arguments: Namespace) -> bool:
     console = _console()
     with _engine() as engine, _workers(engine.installation):
         definition = engine.validate(read_document(path, engine.installation.limits))
-        console.print(f"{definition.name}: {len(definition.tasks)} tasks, from {path}", markup=False)
+        console.print(
+            f"{definition.name}: {len(definition.tasks)} tasks, from {path}", markup=False, highlight=False, soft_wrap=True
+        )
         execution_id = engine.execute_workflow(definition, {}, user_id="demo")
-        execution = watch(engine, execution_id, console)
-    console.print(task_table(execution.tasks.values()))
-    console.print(headline(execution), markup=False, soft_wrap=True)
-    for name, uri in _files(execution):
-        console.print(f"{name}: {uri}", markup=False, highlight=False, soft_wrap=True)
+        with _goes_on(execution_id):
+            execution = watch(engine, execution_id, console)
+        console.print(task_table(execution.tasks.values()))
+        console.print(headline(execution), markup=False, soft_wrap=True)
+        for name, uri in _files(execution):
+            console.print(f"{name}: {uri}", markup=False, highlight=False, soft_wrap=True)
     return execution.status is ExecutionStatus.SUCCESS
 
 
@@ -60,6 +67,7 @@ def up(arguments: Namespace) -> bool:
     """Run everything on this machine until a signal comes."""
     with Installation.open() as installation:
         require_current(installation.database_url)
+        installation.dispatcher.waiting()  # without a broker nothing would ever be ready
         settings = installation.settings
         flower_on = not arguments.no_flower and flower_port_is_free(installation)
         if not flower_on and not arguments.no_flower and settings.flower_port:
@@ -68,6 +76,7 @@ def up(arguments: Namespace) -> bool:
         with Workers(
             installation, workers=arguments.workers, concurrency=concurrency, flower=flower_on, catch_signals=True
         ) as workers:
+            workers.await_answers()
             if workers.alive:
                 print(f"postgres {_without_password(installation.database_url)}")
                 print(f"broker   {_without_password(installation.broker_url)}")
@@ -95,9 +104,11 @@ def worker(arguments: Namespace) -> bool:
 def scheduler(arguments: Namespace) -> bool:
     """Look after what was lost, until a signal comes or standard input ends."""
     stop = threading.Event()
-    with Installation.open() as installation:
+    with suppress(KeyboardInterrupt), Installation.open() as installation:
         if arguments.until_eof:
             threading.Thread(target=_set_at_eof, args=(stop,), daemon=True).start()
+        else:  # beside a worker, which has looked, the database may be away for a while
+            require_current(installation.database_url)
         installation.recovery.run(stop, installation.settings.sweep)
     return True
 
@@ -133,11 +144,12 @@ def db(arguments: Namespace) -> bool:
 def validate(arguments: Namespace) -> bool:
     """Report every problem of every file."""
     settings = read_settings()
+    limits = _limits(settings)
     catalogue = {h.name: h.spec for h in collect(import_modules(settings.handler_modules)).values()}
     problems: list[Problem] = []
     for file in arguments.files:
         try:
-            definition = validate_definition(read_document(file), catalogue)
+            definition = validate_definition(read_document(file, limits), catalogue, limits)
         except DefinitionError as exc:
             problems.extend(exc.problems)
         else:
@@ -149,7 +161,8 @@ def validate(arguments: Namespace) -> bool:
 
 def compile_(arguments: Namespace) -> bool:
     """Show groups and chords; the handlers are not needed for that."""
-    definition = validate_definition(read_document(arguments.file), None)
+    limits = _limits(read_settings())
+    definition = validate_definition(read_document(arguments.file, limits), None, limits)
     print(draw(compile_workflow(definition), definition, arguments.format))
     return True
 
@@ -167,8 +180,8 @@ def handlers(arguments: Namespace) -> bool:
     for name in sorted(found):
         spec = found[name].spec
         names = [p.name + ("" if p.required else "?") for p in spec.parameters] + ["..."] * spec.open_ended
-        console.print(f"[bold]{name}[/bold]({', '.join(names)})", highlight=False)
-        console.print(f"    {spec.summary}", markup=False, highlight=False)
+        console.print(f"[bold]{name}[/bold]({', '.join(names)})", highlight=False, soft_wrap=True)
+        console.print(f"    {spec.summary}", markup=False, highlight=False, soft_wrap=True)
     return True
 
 
@@ -184,8 +197,9 @@ def register(arguments: Namespace) -> bool:
 
 def run(arguments: Namespace) -> bool:
     """Enqueue a workflow and wait for it."""
-    data = _input(arguments.input)
-    workflow = _workflow(arguments.workflow)
+    limits = _limits(read_settings())
+    data = _input(arguments.input, limits)
+    workflow = _workflow(arguments.workflow, limits)
     with _engine() as engine:
         execution_id = engine.execute_workflow(
             workflow, data, user_id=arguments.user, idempotency_key=arguments.idempotency_key
@@ -194,16 +208,13 @@ def run(arguments: Namespace) -> bool:
             print(to_json({"execution_id": execution_id}) if arguments.json else execution_id)
             return True
         _say(execution_id)
-        try:
-            with _workers(engine.installation):
+        with _goes_on(execution_id), _workers(engine.installation):
+            with _goes_on(execution_id):
                 if arguments.json:
                     execution = engine.wait(execution_id, arguments.timeout)
                 else:
                     execution = watch(engine, execution_id, _console(), arguments.timeout)
-        except KeyboardInterrupt:
-            _say(f"{execution_id} is recorded and goes on with the next worker; `pipeline cancel {execution_id}` ends it")
-            raise
-    _show(execution, as_json=arguments.json)
+            _show(execution, as_json=arguments.json)
     return execution.status is ExecutionStatus.SUCCESS
 
 
@@ -223,9 +234,9 @@ def list_(arguments: Namespace) -> bool:
     with _engine() as engine:
         found = engine.list_executions(arguments.status, arguments.limit)
     if arguments.json:
-        print(json.dumps([vars(row) for row in found], default=str, ensure_ascii=False, indent=2))
+        print(to_json([summary_dict(row) for row in found]))
     elif found:
-        Console().print(execution_table(found))
+        _console().print(execution_table(found))
     else:
         _say("no executions")
     return True
@@ -245,7 +256,10 @@ def _engine() -> WorkflowEngine:
 
 @contextmanager
 def _workers(installation: Installation) -> Iterator[None]:
-    """A worker for as long as this lasts, where nobody works."""
+    """A worker for as long as this lasts, where nobody works.
+
+    The first Ctrl-C lets its tasks end, a second one kills them.
+    """
     require_current(installation.database_url)
     if somebody_works(installation):
         yield
@@ -256,30 +270,36 @@ def _workers(installation: Installation) -> Iterator[None]:
         yield
 
 
-def _workflow(name: str) -> Document | str:
+def _workflow(name: str, limits: Limits) -> Document | str:
     """A file, or the id of a registered workflow."""
     path = Path(name)
-    return read_document(path) if path.suffix in (".yaml", ".yml", ".json") or path.is_file() else name
+    return read_document(path, limits) if path.suffix in (".yaml", ".yml", ".json") or path.is_file() else name
 
 
-def _input(text: str) -> dict[str, Any]:
+def _input(text: str, limits: Limits) -> dict[str, Any]:
     """The input, given as JSON or as @FILE."""
-    source = "--input"
+    source, content = "--input", text.encode()
     if text.startswith("@"):
         source = text[1:]
         try:
-            text = Path(source).read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as exc:
-            raise InputError((Problem(path="", what=f"cannot be read: {exc}", source=source),)) from exc
+            with Path(source).open("rb") as file:
+                content = file.read(limits.document_bytes + 1)
+        except OSError as exc:
+            problem = Problem(path="", what=f"cannot be read: {exc.strerror or exc}", source=source)
+            raise InputError((problem,)) from exc
+    how = """write a JSON object, as --input '{"day": "monday"}'"""
     try:
-        data = json.loads(text)
-    except ValueError as exc:
-        how = """write a JSON object, as --input '{"day": "monday"}'"""
-        raise InputError((Problem(path="", what=f"is not JSON: {exc}", how=how, source=source),)) from exc
+        data = parse_document(content, source, "json", limits).data
+    except DefinitionError as exc:
+        problems = (replace(p, how=p.how or how) for p in exc.problems)
+        raise InputError(tuple(problems)) from None
     if not isinstance(data, dict):
-        how = """write an object, as {"day": "monday"}"""
-        raise InputError((Problem(path="", what="is not a JSON object", how=how, source=source),))
+        raise InputError((Problem(path="", what="not a JSON object", how=how, source=source),))
     return data
+
+
+def _limits(settings: Settings) -> Limits:
+    return Limits(tasks=settings.max_tasks, params_bytes=settings.max_params_bytes)
 
 
 def _show(execution: Execution, *, as_json: bool) -> None:
@@ -289,9 +309,21 @@ def _show(execution: Execution, *, as_json: bool) -> None:
         _console().print(execution_view(execution))
 
 
+@contextmanager
+def _goes_on(execution_id: str) -> Iterator[None]:
+    """Say once, at once, what an interrupt does not end."""
+    try:
+        yield
+    except KeyboardInterrupt as exc:
+        if not exc.args:
+            _say(f"{execution_id} is recorded and goes on with the next worker; `pipeline cancel {execution_id}` ends it")
+        raise KeyboardInterrupt(execution_id) from exc
+
+
 def _console() -> Console:
+    """Lines keep their length where no terminal breaks them: other programs read them."""
     console = Console()
-    return console if console.is_terminal else Console(width=160)
+    return console if console.is_terminal else Console(width=_WIDE)
 
 
 def _say(text: str) -> None:

@@ -112,6 +112,13 @@ class WorkflowDefinition(_Value):
         le=31_536_000,
         description="seconds that a whole execution may take",
     )
+    queue_timeout: float | None = Field(
+        default=None,
+        strict=True,
+        gt=0,
+        le=31_536_000,
+        description="seconds that a ready task may wait for a worker before the execution fails",
+    )
 
     @model_validator(mode="before")
     @classmethod

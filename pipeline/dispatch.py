@@ -72,7 +72,7 @@ class Dispatcher:
             execution_id=f"exec-{secrets.token_hex(6)}", definition_id=definition_id, user_id=user_id,
             idempotency_key=idempotency_key, input_data=input_data,
             input_digest=hashlib.sha256(text.encode()).hexdigest(),
-            variables=definition.variables, timeout=definition.timeout,
+            variables=definition.variables, timeout=definition.timeout, queue_timeout=definition.queue_timeout,
         )  # fmt: skip
         if not created.same_work:
             raise IdempotencyConflict(idempotency_key or "", created.execution_id)
@@ -117,6 +117,19 @@ class Dispatcher:
         try:
             with self.celery.connection_or_acquire() as connection:
                 return int(self._queue.bind(connection.default_channel).queue_declare().message_count)
+        except self._broker_errors as exc:
+            raise _unavailable(exc) from exc
+
+    def ask_workers(
+        self, nodes: Sequence[str] | None = None, *, timeout: float, limit: int | None = None
+    ) -> list[dict[str, Any]]:
+        """The workers of this installation that answer within `timeout` seconds; returns once all of `nodes` did.
+
+        Raises:
+            BrokerUnavailable: they cannot be asked.
+        """
+        try:
+            return list(self.celery.control.ping(nodes, timeout=timeout, **({} if limit is None else {"limit": limit})))
         except self._broker_errors as exc:
             raise _unavailable(exc) from exc
 

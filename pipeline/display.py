@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -11,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.engine import WorkflowEngine
-from pipeline.errors import WaitTimeout
+from pipeline.errors import DatabaseUnavailable, SchemaMismatch, WaitTimeout
 from pipeline.observe import Execution, duration
 from pipeline.result_store.rows import ExecutionSummary, TaskExecution
 from pipeline.states import ExecutionStatus, TaskStatus
@@ -24,6 +25,10 @@ _COLOURS = {
 _ROWS = 30
 #: seconds between two pictures of a live table
 _REFRESH = 0.5
+#: a picture of a large execution takes its time: no more than this part of ours goes into pictures
+_SHARE = 0.25
+#: how much of an error a table shows
+_ERROR_LENGTH = 200
 
 
 def task_table(tasks: Iterable[TaskExecution], *, limit: int | None = None) -> Table:
@@ -66,66 +71,67 @@ def execution_table(executions: Iterable[ExecutionSummary]) -> Table:
         table.add_row(
             row.execution_id, f"{row.workflow_id}@{row.version}", _status(row.status, paused=row.paused),
             f"{row.ended}/{row.tasks}", row.created_by or "", f"{row.created_at:%Y-%m-%d %H:%M:%S}Z",
-            Text(row.error_message or "", style="dim"),
+            Text(_first_line(row.error_message), style="dim"),
         )  # fmt: skip
     return table
 
 
 def watch(engine: WorkflowEngine, execution_id: str, console: Console, timeout: float | None = None) -> Execution:
-    """Show an execution until it ended.
+    """Show an execution until it ended; its end is left to the caller to show.
 
     Raises:
         WaitTimeout: it had not ended after `timeout` seconds.
     """
-    end = float("inf") if timeout is None else time.monotonic() + timeout
-    if console.is_terminal:
-        return _watch_live(engine, execution_id, console, end, timeout)
-    return _watch_plain(engine, execution_id, console, end, timeout)
+    pictures = _pictures(engine, execution_id, timeout)
+    return _watch_live(pictures, console) if console.is_terminal else _watch_plain(pictures, console)
 
 
-def _watch_live(
-    engine: WorkflowEngine, execution_id: str, console: Console, end: float, timeout: float | None
-) -> Execution:
+def _watch_live(pictures: Iterator[Execution], console: Console) -> Execution:
     with Live(console=console, auto_refresh=False, transient=True, redirect_stderr=False) as live:
-        while True:
-            execution = engine.get_execution(execution_id)
-            live.update(execution_view(execution, limit=_ROWS), refresh=True)
-            if _over(engine, execution, end, timeout):
-                return engine.get_execution(execution_id)
+        for execution in pictures:
+            rows = max(5, min(_ROWS, console.size.height - 4))
+            live.update(execution_view(execution, limit=rows), refresh=True)
+    return execution
 
 
-def _watch_plain(
-    engine: WorkflowEngine, execution_id: str, console: Console, end: float, timeout: float | None
-) -> Execution:
+def _watch_plain(pictures: Iterator[Execution], console: Console) -> Execution:
     seen: dict[str, tuple[TaskStatus, int]] = {}
-    while True:
-        execution = engine.get_execution(execution_id)
+    for execution in pictures:
         for task in execution.tasks.values():
             state = (task.status, task.attempt)
             if seen.get(task.task_id, (TaskStatus.PENDING, 0)) != state:
                 seconds = duration(task)
                 took = f" in {seconds:.2f} s" if seconds is not None else ""
                 remark = _remark(task)
-                console.print(f"{task.task_id}: {task.status}{took}{f' ({remark})' if remark else ''}", markup=False, highlight=False)
+                line = f"{task.task_id}: {task.status}{took}{f' ({remark})' if remark else ''}"
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
             seen[task.task_id] = state
+    return execution
+
+
+def _pictures(engine: WorkflowEngine, execution_id: str, timeout: float | None) -> Iterator[Execution]:
+    """An execution, again and again until it ended; an outage of the database after the first one is waited out."""
+    end = float("inf") if timeout is None else time.monotonic() + timeout
+    started = time.monotonic()
+    execution = engine.get_execution(execution_id)
+    while True:
+        yield execution
         if execution.ended:
-            console.print(headline(execution), markup=False, highlight=False)
-        if _over(engine, execution, end, timeout):
-            return execution
-
-
-def _over(engine: WorkflowEngine, execution: Execution, end: float, timeout: float | None) -> bool:
-    """Whether it ended; waits until it did or the next picture is due."""
-    if execution.ended:
-        return True
-    left = end - time.monotonic()
-    if left <= 0:
-        raise WaitTimeout(execution.execution_id, timeout or 0.0)
-    try:
-        engine.wait(execution.execution_id, timeout=min(_REFRESH, left))
-    except WaitTimeout:
-        pass
-    return False
+            return
+        now = time.monotonic()
+        left = end - now
+        if left <= 0:
+            raise WaitTimeout(execution_id, timeout or 0.0)
+        pause = min(max(_REFRESH, (now - started) / _SHARE), left)
+        try:
+            with suppress(WaitTimeout):
+                engine.wait(execution_id, timeout=pause)
+            started = time.monotonic()
+            execution = engine.get_execution(execution_id)
+        except DatabaseUnavailable as exc:
+            if isinstance(exc, SchemaMismatch):
+                raise
+            time.sleep(pause)
 
 
 def _status(status: TaskStatus | ExecutionStatus, *, paused: bool = False) -> Text:
@@ -136,10 +142,14 @@ def _remark(task: TaskExecution) -> str:
     """The one thing to say of a task: its error, or how far it is."""
     if task.error_message and task.status is not TaskStatus.SUCCESS:
         lost = f", lost its worker {task.losses} times" if task.losses else ""
-        return task.error_message.splitlines()[0][:200] + lost
+        return _first_line(task.error_message) + lost
     if task.status is TaskStatus.RUNNING and task.progress is not None:
         return f"{task.progress:.0f} % {task.progress_message or ''}".strip()
     return ""
+
+
+def _first_line(text: str | None) -> str:
+    return next(iter((text or "").splitlines()), "")[:_ERROR_LENGTH]
 
 
 def _most_telling(tasks: list[TaskExecution], limit: int) -> list[TaskExecution]:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from config.settings import Settings
 from pipeline.app import Installation
 from pipeline.definition import WorkflowDefinition
 from pipeline.document import Document
-from pipeline.errors import DatabaseUnavailable, IllegalTransition, WaitTimeout
+from pipeline.errors import DatabaseUnavailable, IllegalTransition, SchemaMismatch, WaitTimeout
 from pipeline.observe import Execution, read_execution
 from pipeline.result_store.connection import Connection, Listener
-from pipeline.result_store.rows import AttemptRow, ExecutionSummary
-from pipeline.states import OPEN_EXECUTIONS, TERMINAL_EXECUTIONS, ExecutionStatus
+from pipeline.result_store.rows import AttemptRow, Event, ExecutionSummary
+from pipeline.states import OPEN_EXECUTIONS, TERMINAL_EXECUTIONS, ExecutionStatus, TaskStatus
 from pipeline.validation import validate, validate_input
 
 #: seconds between two looks of a waiter that heard nothing: notifications are the fast way, this is the sure one
@@ -101,7 +101,7 @@ class WorkflowEngine:
         return created.execution_id
 
     def wait(self, execution_id: str, timeout: float | None = None) -> Execution:
-        """Wait until an execution ended; an outage of the database is waited out too.
+        """Wait until an execution ended; an outage of the database is waited out, once the execution was seen.
 
         Args:
             execution_id: of the execution.
@@ -110,23 +110,29 @@ class WorkflowEngine:
         Raises:
             WaitTimeout: it had not ended in time (also a TimeoutError).
             ExecutionNotFound: there is none.
+            DatabaseUnavailable: from the first look on, or still when the time was up.
         """
         end = float("inf") if timeout is None else time.monotonic() + timeout
         listener: Listener | None = None
+        seen = False
         try:
             while True:
                 pause = min(_POLL, end - time.monotonic())
                 try:
                     if listener is None:
                         listener = self.installation.store.listen("pipeline_finished")
-                    if self.installation.store.execution_status(execution_id) in TERMINAL_EXECUTIONS:
+                    status = self.installation.store.execution_status(execution_id)
+                    seen = True
+                    if status in TERMINAL_EXECUTIONS:
                         return self.get_execution(execution_id)
                     if pause <= 0:
                         raise WaitTimeout(execution_id, timeout or 0.0)
                     listener.wait(pause)
-                except DatabaseUnavailable:
-                    if listener is None and timeout is None or pause <= 0:
+                except DatabaseUnavailable as exc:
+                    if not seen or pause <= 0 or isinstance(exc, SchemaMismatch):
                         raise
+                    if listener is not None:
+                        listener.close()
                     listener = None
                     time.sleep(min(0.5, max(pause, 0.0)))
         finally:
@@ -186,8 +192,62 @@ class WorkflowEngine:
             IllegalTransition: it has not failed and was not cancelled.
             ExecutionNotFound: there is none.
         """
-        found = self.installation.store.retry_execution(execution_id, user_id)
+        found = self.installation.store.reopen_execution(execution_id, user_id)
         _require(execution_id, "retry", found, TERMINAL_EXECUTIONS - {ExecutionStatus.SUCCESS})
+
+    def rerun(
+        self, execution_id: str, task_id: str, *, params: Mapping[str, Any] | None = None, user_id: str | None = None
+    ) -> None:
+        """Run an ended execution again from a task, with everything downstream of it and what did not succeed.
+
+        Args:
+            execution_id: of the execution.
+            task_id: where to begin.
+            params: used instead of the definition's for this task, from now on.
+            user_id: recorded as the one who did it.
+
+        Raises:
+            DefinitionError: the params do not fit the task.
+            IllegalTransition: the execution has not ended.
+            ExecutionNotFound, TaskNotFound: see there.
+        """
+        if params is not None:
+            definition = WorkflowDefinition.from_json(self.installation.store.definition_of(execution_id))
+            changed = (t.model_copy(update={"params": params}) if t.id == task_id else t for t in definition.tasks)
+            self.validate(definition.model_copy(update={"tasks": tuple(changed)}))
+        found = self.installation.store.reopen_execution(execution_id, user_id, task_id=task_id, params=params)
+        _require(execution_id, "rerun", found, TERMINAL_EXECUTIONS)
+
+    def mark(
+        self, execution_id: str, task_id: str, status: Literal["success", "skipped"], *, reason: str,
+        result: Any = None, user_id: str | None = None,
+    ) -> None:  # fmt: skip
+        """Decide a task by hand, whatever it is doing; a failed or cancelled execution goes on from there.
+
+        Args:
+            execution_id: of the execution.
+            task_id: of the task.
+            status: what it is from now on; the tasks that need it run, or are skipped too.
+            reason: recorded, for those who wonder later.
+            result: recorded as the task's result.
+            user_id: recorded as the one who did it.
+
+        Raises:
+            IllegalTransition: the task, or the whole execution, has succeeded already.
+            ExecutionNotFound, TaskNotFound: see there.
+        """
+        store = self.installation.store
+        store.execution_status(execution_id)
+        ended = store.mark_task(
+            execution_id, task_id, TaskStatus(status), result=result, user_id=user_id, reason=reason
+        )
+        if not ended.changed:
+            raise IllegalTransition(execution_id, f"marking task {task_id}", f"where that task is {ended.outcome}")
+        self.installation.dispatcher.try_publish(ended.ready)
+
+    def get_events(self, execution_id: str) -> list[Event]:
+        """What people did to an execution, oldest first."""
+        return self.installation.store.get_events(execution_id)
 
     def _known(self, workflow: WorkflowDefinition | Mapping[str, Any] | Document) -> tuple[WorkflowDefinition, int]:
         """A definition that is valid and recorded, with its key; checked once for each content."""

@@ -10,7 +10,8 @@ PipelineError
 ├── SettingsError              a setting has a value that cannot be used
 ├── NotFound
 │   ├── WorkflowNotFound
-│   └── ExecutionNotFound
+│   ├── ExecutionNotFound
+│   └── TaskNotFound
 ├── IllegalTransition          the execution is in a state that forbids the operation
 ├── WaitTimeout                the wait ended before the execution did (also a TimeoutError)
 ├── ServiceUnavailable
@@ -151,6 +152,17 @@ class ExecutionNotFound(NotFound):
 
     def __str__(self) -> str:
         return f"execution {self.execution_id!r} is not recorded; `pipeline list` shows those that are"
+
+
+class TaskNotFound(NotFound):
+    """The execution has no such task: `pipeline status EXECUTION` shows those that it has."""
+
+    def __init__(self, execution_id: str, task_id: str) -> None:
+        super().__init__(execution_id, task_id)
+        self.execution_id, self.task_id = execution_id, task_id
+
+    def __str__(self) -> str:
+        return f"execution {self.execution_id} has no task {self.task_id!r}; `pipeline status {self.execution_id}` shows them"
 
 
 class IllegalTransition(PipelineError):

@@ -9,29 +9,43 @@ happens in the task's body: Celery acknowledges messages whose result backend ra
 from __future__ import annotations
 
 import asyncio
+import copy
 import inspect
 import json
 import logging
 import random
+import re
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
+from billiard.common import terminate_handler_fired
 from billiard.process import current_process
 from celery import Task
-from celery.exceptions import Ignore
+from celery.exceptions import Ignore, TaskPredicate
 from celery.exceptions import Retry as CeleryRetry
 from pydantic import ValidationError
 from pydantic_core import PydanticSerializationError, to_jsonable_python
 
 from pipeline.artifacts import ArtifactStore
-from pipeline.attendance import Attendance, Attendant, Cancelled
+from pipeline.attendance import Attendance, Attendant, Cancelled, HandedBack
 from pipeline.definition import RetryPolicy, TaskDefinition, WorkflowDefinition
 from pipeline.dispatch import Dispatcher
-from pipeline.errors import Fail, ParamsError, Refused, ResultError, Retry, Skip, TaskTimeout, TemplateError
+from pipeline.errors import (
+    DatabaseUnavailable,
+    Fail,
+    ParamsError,
+    Refused,
+    ResultError,
+    Retry,
+    Skip,
+    TaskError,
+    TaskTimeout,
+    TemplateError,
+)
 from pipeline.handler import AttemptLost, Context, Handler
 from pipeline.redaction import Redactor
 from pipeline.result_store.rows import Ended, Fence, State
@@ -41,10 +55,14 @@ from pipeline.templates import render, task_names
 log = logging.getLogger(__name__)
 
 #: what is wrong with the task and not with the moment: no retry mends it
-NEVER_RETRIED = (Fail, Skip, ParamsError, TemplateError, ResultError, Refused, AttemptLost, Cancelled)
+NEVER_RETRIED = (Fail, Skip, ParamsError, TemplateError, ResultError, Refused, AttemptLost, Cancelled, HandedBack)
+#: how an attempt ended that was stopped for a reason outside the task
+_STOPPED: dict[type[Exception], str] = {Cancelled: "cancelled", HandedBack: "released"}
 #: how much of a traceback is kept, from its end
 _TRACEBACK_LENGTH = 16_384
 _MESSAGE_LENGTH = 8_192
+#: an escaped NUL in JSON text, and not the escaped backslash of a text that reads so
+_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +130,12 @@ class HandlerTask(Task):  # type: ignore[misc]
         delay = retry_delay(failure, attempt.task.retry_policy, attempt.retries, random.random())  # noqa: S311
         if delay is None:
             raise failure
-        self.executor.record(attempt, "retry", failure, delay=delay)
-        raise CeleryRetry(exc=failure, when=datetime.now(UTC) + timedelta(seconds=delay))
+        try:
+            self.executor.record(attempt, "retry", failure, delay=delay)
+        except DatabaseUnavailable as outage:  # raised on, it would be recorded as what the task failed with
+            raise Ignore from outage
+        when = datetime.now(UTC) + timedelta(seconds=delay)
+        raise CeleryRetry(exc=self.executor.shown(failure), when=when) from None
 
 
 def celery_task(handler: Handler, executor: Executor) -> HandlerTask:
@@ -141,12 +163,9 @@ class Executor:
     ) -> None:  # fmt: skip
         self.store, self.dispatcher, self.policy = store, dispatcher, policy
         self.redactor = Redactor.of(policy.secrets.values())
-        self.attendant = Attendant(
-            store, lease=lease, hard_limit=hard_limit, name=worker_name, give_up=self._give_up, killable=killable
-        )
-        self._definition = lru_cache(maxsize=32)(self._load_definition)
+        self.attendant = Attendant(store, lease=lease, hard_limit=hard_limit, name=worker_name, killable=killable)
+        self._definition = lru_cache(maxsize=32)(lambda key: WorkflowDefinition.from_json(store.definition(key)))
         self._state = lru_cache(maxsize=64)(store.state)
-        self._given_up: dict[int, Attempt] = {}
 
     def execute(self, task: HandlerTask, message: tuple[Any, ...]) -> Any:
         """Everything that happens between a message and its successors' messages.
@@ -157,29 +176,25 @@ class Executor:
             Exception: what the attempt failed with, after that was recorded.
         """
         execution_id, task_id, epoch = _read(message)
-        claim = self.store.claim(
-            execution_id=execution_id, task_id=task_id, epoch=epoch, worker_id=self.attendant.worker_id()
-        )
+        worker_id = self.attendant.worker_id()
+        claim = self.store.claim(execution_id=execution_id, task_id=task_id, epoch=epoch, worker_id=worker_id)
         if claim is None:
             log.debug("message for task %s of %s (epoch %s) is stale", task_id, execution_id, epoch)
             raise Ignore
-        fence = Fence(
-            execution_id=execution_id, task_id=task_id, epoch=claim.epoch, worker_id=self.attendant.worker_id()
-        )
+        fence = Fence(execution_id=execution_id, task_id=task_id, epoch=claim.epoch, worker_id=worker_id)
         definition = self._definition(claim.definition_id)
         declared = definition.by_id[task_id]
+        if claim.params is not None:
+            declared = declared.model_copy(update={"params": claim.params})
         timeout = min(declared.timeout, task.handler.timeout or declared.timeout)
         with self.attendant.attending(fence, timeout) as attendance:
             attempt = Attempt(
                 fence=fence, definition=definition, task=declared, state=self._state(execution_id),
                 number=claim.attempt, retries=claim.retries, attendance=attendance,
             )  # fmt: skip
+            attendance.give_up = partial(self._give_up, attempt)
             task.request.attempt = attempt
-            self._given_up[id(attendance)] = attempt
-            try:
-                return self._run(task, attempt)
-            finally:
-                self._given_up.pop(id(attendance), None)
+            return self._run(task, attempt)
 
     def _run(self, task: HandlerTask, attempt: Attempt) -> Any:
         try:
@@ -191,13 +206,19 @@ class Executor:
             raise Ignore from exc
         except Skip as exc:
             self.record(attempt, "skipped", exc)
-            return {"skipped": str(exc)}
-        except Cancelled as exc:
-            self.record(attempt, "cancelled", exc)
+            return {"skipped": self.redactor.text(str(exc))}
+        except (Cancelled, HandedBack) as exc:
+            self.record(attempt, _STOPPED[type(exc)], exc)
             raise Ignore from exc
+        except SystemExit:
+            self.record(attempt, "released", HandedBack("its worker was told to end at once"))
+            raise
         except Exception as exc:
             self.record(attempt, "failed", exc)
-            raise
+            shown = self.shown(exc)
+            if shown is exc:
+                raise
+            raise shown from None
         ended = self.store.complete(attempt.fence, result)
         self._after(attempt.fence, ended)
         return result
@@ -209,18 +230,19 @@ class Executor:
             TemplateError, ParamsError, ResultError: see there.
             Exception: what the handler raised.
         """
-        arguments = self._arguments(handler, attempt)
         try:
-            with attempt.attendance.interruptible():
-                if inspect.iscoroutinefunction(handler.function):
-                    returned = asyncio.run(handler.function(**arguments))
-                else:
-                    returned = handler.function(**arguments)
-        except SystemExit as exc:
-            raise RuntimeError(f"the handler called sys.exit({exc.code!r})") from exc
-        return recordable(returned, self.redactor, self.policy.max_result_bytes)
+            merged = self._merged(handler, attempt)
+        except DatabaseUnavailable as outage:  # no failure of the task's: the attempt is found lost and runs again
+            raise Ignore from outage
+        try:
+            return attempt.attendance.run(lambda: self._call(handler, attempt, merged))
+        except (SystemExit, KeyboardInterrupt, GeneratorExit, asyncio.CancelledError, TaskPredicate) as exc:
+            if terminate_handler_fired():  # the worker goes down, and the task is given back
+                raise
+            raise RuntimeError(f"the handler raised {exc!r}, which says nothing about its task") from exc
 
-    def _arguments(self, handler: Handler, attempt: Attempt) -> dict[str, Any]:
+    def _merged(self, handler: Handler, attempt: Attempt) -> dict[str, Any]:
+        """Params, then the execution's input, then the results of dependencies."""
         fence, task, state = attempt.fence, attempt.task, attempt.state
         names = {p.name for p in handler.spec.parameters}
         taken = {d: _bound_name(d, names) for d in task.dependencies if handler.open_ended or _bound_name(d, names)}
@@ -234,8 +256,12 @@ class Executor:
             "input": state.input_data, "variables": state.variables, "execution": execution,
             "tasks": results, "secrets": self.policy.secrets,
         }  # fmt: skip
-        merged = {**render(task.params, scope), **state.input_data}
-        merged.update({name or d: results.get(d) for d, name in taken.items()})
+        # Copied, for the handler may change what it is given, and the execution's state serves its other tasks too.
+        merged = copy.deepcopy({**render(task.params, scope), **state.input_data})
+        return merged | {name or d: results.get(d) for d, name in taken.items()}
+
+    def _call(self, handler: Handler, attempt: Attempt, merged: dict[str, Any]) -> Any:
+        """All that may run code of the handler's author."""
         try:
             arguments = handler.input_adapter.validate_python(merged)
         except ValidationError as exc:
@@ -245,7 +271,10 @@ class Executor:
             raise ParamsError(f"input of handler {handler.name!r} does not fit: {wrong}") from None
         if handler.context_parameter is not None:
             arguments[handler.context_parameter] = self._context(attempt)
-        return arguments
+        returned = handler.function(**arguments)
+        if inspect.iscoroutine(returned):
+            returned = asyncio.run(returned)
+        return recordable(returned, self.redactor, self.policy.max_result_bytes)
 
     def _context(self, attempt: Attempt) -> Context:
         fence, attendance = attempt.fence, attempt.attendance
@@ -261,52 +290,55 @@ class Executor:
     def record(self, attempt: Attempt, outcome: str, exc: BaseException, *, delay: float = 0.0) -> None:
         """Record an end other than success, and publish what it released."""
         lines = traceback.format_exception(exc) if outcome in ("failed", "retry") else []
-        message = self.redactor.text(_text(exc))
         ended = self.store.end(
-            attempt.fence, outcome, error_type=type(exc).__name__,
-            error_message=message[:_MESSAGE_LENGTH].replace("\0", ""), delay=delay,
-            error_traceback=self.redactor.text("".join(lines))[-_TRACEBACK_LENGTH:].replace("\0", "") or None,
+            attempt.fence, outcome, delay=delay, error_type=type(exc).__name__,
+            error_message=self._storable(_text(exc))[:_MESSAGE_LENGTH],
+            error_traceback=self._storable("".join(lines))[-_TRACEBACK_LENGTH:] or None,
         )  # fmt: skip
         self._after(attempt.fence, ended)
 
+    def shown(self, exc: Exception) -> Exception:
+        """What Celery may log, send as an event and pickle: the exception, or its name and text without secrets."""
+        if isinstance(exc, MemoryError) or self.redactor.holds(exc):  # Celery takes a MemoryError for its own
+            return TaskError(f"{type(exc).__name__}: {self._storable(_text(exc))}")
+        return exc
+
+    def _storable(self, text: str) -> str:
+        """Without secrets, and without what Postgres cannot hold as text."""
+        return self.redactor.text(text).replace("\0", "").encode(errors="backslashreplace").decode()
+
     def lost(self, execution_id: str, task_id: str, epoch: int, exc: BaseException) -> None:
         """What only the worker's main process learns: the process of an attempt was killed."""
-        attempt = self.store.running_attempt(execution_id, task_id, epoch)
+        store = self.attendant.store
+        attempt = store.running_attempt(execution_id, task_id, epoch, self.attendant.name)
         if attempt is not None:
-            ended = self.store.end(attempt, "lost", error_type="WorkerLost", error_message=_text(exc))
-            self._after(attempt, ended)
+            store.end(attempt, "lost", error_type="WorkerLost", error_message=_text(exc))
 
     def timed_out(self, execution_id: str, task_id: str, epoch: int, exc: BaseException) -> None:
         """What only the worker's main process learns: the hard time limit killed an attempt."""
-        running = self.store.running_attempt(execution_id, task_id, epoch)
+        store = self.attendant.store
+        running = store.running_attempt(execution_id, task_id, epoch, self.attendant.name)
         if running is not None:
-            definition = WorkflowDefinition.from_json(self.store.definition_of(execution_id))
+            definition = WorkflowDefinition.from_json(store.definition_of(execution_id))
             policy = definition.by_id[task_id].retry_policy
             delay = retry_delay(exc, policy, running.retries, random.random())  # noqa: S311
-            ended = self.store.end(
+            store.end(
                 running, "failed" if delay is None else "retry", delay=delay or 0.0,
                 error_type="TaskTimeout", error_message=f"did not stop at its timeout and was killed: {_text(exc)}",
             )  # fmt: skip
-            self._after(running, ended)
 
-    def _give_up(self, attendance: Attendance, reason: Exception) -> None:
+    def _give_up(self, attempt: Attempt, reason: Exception) -> None:
         """End an attempt whose handler does not stop, from the attendant's thread."""
-        attempt = self._given_up.get(id(attendance))
-        if attempt is None:
-            return
         delay = None
         if isinstance(reason, TaskTimeout):
             delay = retry_delay(reason, attempt.task.retry_policy, attempt.retries, random.random())  # noqa: S311
-        outcome = "cancelled" if isinstance(reason, Cancelled) else "failed" if delay is None else "retry"
+        outcome = _STOPPED.get(type(reason)) or ("failed" if delay is None else "retry")
         self.record(attempt, outcome, reason, delay=delay or 0.0)
 
     def _after(self, fence: Fence, ended: Ended) -> None:
         if ended.outcome == "stale":
             log.warning("task %s of %s moved on without this attempt", fence.task_id, fence.execution_id)
         self.dispatcher.try_publish(ended.ready)
-
-    def _load_definition(self, definition_id: int) -> WorkflowDefinition:
-        return WorkflowDefinition.from_json(self.store.definition(definition_id))
 
 
 def recordable(returned: Any, redactor: Redactor, limit: int) -> Any:
@@ -316,31 +348,36 @@ def recordable(returned: Any, redactor: Redactor, limit: int) -> Any:
         ResultError: it is not JSON, or larger than `limit` bytes.
     """
     try:
-        data = to_jsonable_python(returned, inf_nan_mode="constants")
-        text = redactor.json(json.dumps(data, ensure_ascii=False, allow_nan=False))
+        data = redactor.value(to_jsonable_python(returned, inf_nan_mode="constants"))
+        text = json.dumps(data, ensure_ascii=False, allow_nan=False)
         size = len(text.encode())
     except (PydanticSerializationError, ValueError, TypeError, RecursionError) as exc:
         raise ResultError(
             f"the handler returned a {type(returned).__name__} that is not JSON ({exc});"
             " return dicts, lists, text, numbers, booleans, None or pydantic models"
         ) from exc
-    if "\\u0000" in text:
-        raise ResultError("the handler returned text with a NUL character, which Postgres cannot hold")
+    if _NUL.search(text):
+        raise ResultError(
+            "the handler returned text with a NUL character, which Postgres cannot hold; remove it, or write the data"
+            " with context.artifacts and return the reference"
+        )
     if size > limit:
         raise ResultError(
             f"the handler returned {size:,} bytes, the limit is {limit:,} (PIPELINE_MAX_RESULT_BYTES);"
             " write the data with context.artifacts and return the reference"
         )
-    return json.loads(text)
+    return data
 
 
 def _read(message: tuple[Any, ...]) -> tuple[str, str, int]:
     match message:
-        case (str(execution_id), str(task_id), int(epoch)) if 0 <= epoch < 2**31 and "\0" not in execution_id + task_id:
-            return execution_id, task_id, epoch
-        case _:
-            log.warning("a message of the wrong form was dropped")
-            raise Ignore
+        case (str(execution_id), str(task_id), int(epoch)) if (
+            epoch is not True and 0 <= epoch < 2**31 - 1 and (execution_id + task_id).isascii()
+        ):
+            if "\0" not in execution_id + task_id:
+                return execution_id, task_id, epoch
+    log.warning("a message of the wrong form was dropped")
+    raise Ignore
 
 
 def _bound_name(dependency: str, names: set[str]) -> str | None:

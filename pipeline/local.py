@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 import threading
@@ -10,12 +11,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from celery.utils.nodenames import gethostname, nodename
+
 from pipeline.app import Installation
-from pipeline.errors import ServiceUnavailable
+from pipeline.errors import BrokerUnavailable, ServiceUnavailable
 from pipeline.stack import Process, Stack
 
 #: seconds that a worker may take to start
 _START = 60.0
+#: seconds that a worker may take to answer before another is started beside it
+_ANSWER = 3.0
 
 
 def processes(installation: Installation, *, workers: int, concurrency: int, flower: bool) -> list[Process]:
@@ -29,7 +34,7 @@ def processes(installation: Installation, *, workers: int, concurrency: int, flo
     found = [
         Process(
             name=f"worker-{number}",
-            command=(*program, "worker", "--name", f"worker-{number}", "--concurrency", str(concurrency)),
+            command=(*program, "worker", "--name", _node(number), "--concurrency", str(concurrency)),
             env=env,
         )
         for number in range(1, workers + 1)
@@ -37,6 +42,11 @@ def processes(installation: Installation, *, workers: int, concurrency: int, flo
     if flower:
         found.append(Process(name="flower", command=(*program, "flower"), env=env))
     return found
+
+
+def _node(number: int) -> str:
+    """Node name of a worker, before the @: no other on this machine has it."""
+    return f"worker-{number}-{os.getpid()}"
 
 
 def flower_port_is_free(installation: Installation) -> bool:
@@ -93,6 +103,20 @@ class Workers:
         if self._failure is not None:
             raise self._failure
 
+    def await_answers(self) -> None:
+        """Wait until each worker takes messages, or they are no longer looked after.
+
+        Raises:
+            BrokerUnavailable: the broker went away.
+            ServiceUnavailable: they do not answer.
+        """
+        nodes = [nodename(_node(number), gethostname()) for number in range(1, self._workers + 1)]
+        until, patience = time.monotonic() + _START, 0.25
+        while self.alive and len(self._installation.dispatcher.ask_workers(nodes, timeout=patience)) < self._workers:
+            if time.monotonic() > until:
+                raise ServiceUnavailable(f"the workers do not answer within {_START:g} s; see {self.log_folder}")
+            patience = min(patience * 2, 2.0)  # one that had not begun to listen never answers: ask again soon
+
     @property
     def log_folder(self) -> Path:
         """Where the processes' logs are."""
@@ -129,4 +153,7 @@ def somebody_works(installation: Installation) -> bool:
     """Whether a worker of this installation is there: one with a lease, that answers."""
     if installation.store.live_workers(after=0) == 0:
         return False
-    return bool(installation.celery.control.ping(timeout=1.0, limit=1))
+    try:
+        return bool(installation.dispatcher.ask_workers(timeout=_ANSWER, limit=1))
+    except BrokerUnavailable:
+        return False

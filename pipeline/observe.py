@@ -11,9 +11,9 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
-from pipeline.result_store.rows import ExecutionRow, TaskExecution
+from pipeline.result_store.rows import ExecutionRow, ExecutionSummary, TaskExecution
 from pipeline.result_store.store import ResultStore
-from pipeline.states import TERMINAL_EXECUTIONS, TERMINAL_TASKS, ExecutionStatus, TaskStatus
+from pipeline.states import TERMINAL_EXECUTIONS, TERMINAL_TASKS, TaskStatus
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,14 +93,14 @@ def task_dict(task: TaskExecution) -> dict[str, Any]:
     }
 
 
+def summary_dict(row: ExecutionSummary) -> dict[str, Any]:
+    """A line of a list as `--json` prints it."""
+    return {name: _time(value) if isinstance(value, datetime) else value for name, value in vars(row).items()}
+
+
 def to_json(value: Any) -> str:
     """One JSON document."""
     return json.dumps(value, ensure_ascii=False, indent=2)
-
-
-def status_of(execution: Execution) -> ExecutionStatus:
-    """The status, for callers that map it."""
-    return execution.status
 
 
 def _time(moment: datetime | None) -> str | None:

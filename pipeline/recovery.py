@@ -96,11 +96,17 @@ class Recovery:
         return count
 
     def _publish(self) -> int:
-        """Publish what is due; what was published before only where the broker holds fewer messages than it should."""
+        """Publish what is due for the first time; of what was published before, as many as the broker lacks, oldest first.
+
+        What workers fetched and have not claimed is lacking too: behind a long task, it goes to another worker so.
+        """
         try:
-            complete = self.waiting() >= self.store.count_published()
+            held = self.waiting()  # asked first: what is claimed meanwhile only makes the difference smaller
+            missing = self.store.count_published() - held
         except BrokerUnavailable as exc:
             log.warning("%s", exc)
             return 0
-        ready = self.store.take_due(_LIMIT, first_only=complete)
+        ready = self.store.take_due(_LIMIT, first_only=True)
+        if missing > 0:
+            ready += self.store.take_due(min(missing, _LIMIT), first_only=False)
         return len(ready) if self.dispatcher.try_publish(ready) else 0

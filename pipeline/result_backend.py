@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from billiard.exceptions import TimeLimitExceeded
+from billiard.exceptions import Terminated, TimeLimitExceeded, WorkerLostError
 from celery import states
 from celery.backends.base import BaseBackend
 
@@ -25,7 +25,8 @@ _CELERY_STATES = {
     TaskStatus.RETRY: states.RETRY,
     TaskStatus.SUCCESS: states.SUCCESS,
     TaskStatus.FAILED: states.FAILURE,
-    TaskStatus.SKIPPED: states.IGNORED,
+    # Celery has no word for it; whoever waits for its result must hear that there is none.
+    TaskStatus.SKIPPED: states.REVOKED,
     TaskStatus.CANCELLED: states.REVOKED,
 }
 #: `exec-` and twelve hexadecimal digits
@@ -61,15 +62,15 @@ class StoreBackend(BaseBackend):  # type: ignore[misc]
 
     def mark_as_failure(self, task_id: str, exc: BaseException, *args: Any, request: Any = None, **kwargs: Any) -> None:
         """Record what happened to an attempt whose process cannot say so itself; a recorded end is left alone."""
+        if not isinstance(exc, (TimeLimitExceeded, WorkerLostError, Terminated)):
+            return  # the body recorded it, or has nothing to record
         match getattr(request, "args", None):
-            case (str(execution_id), str(task), int(epoch)):
+            case (str(execution_id), str(task), int(epoch)) | [str(execution_id), str(task), int(epoch)]:
                 end = self.executor.timed_out if isinstance(exc, TimeLimitExceeded) else self.executor.lost
                 try:
                     end(execution_id, task, epoch + 1, exc)
                 except Exception as failure:
                     log.warning("loss of %s not recorded (%s); recovery will find it", task_id, failure)
-            case _:
-                log.warning("a failure without a task of ours: %s: %s", task_id, exc)
 
     def mark_as_done(self, *args: Any, **kwargs: Any) -> None:
         """Recorded by the task's body."""

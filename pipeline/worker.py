@@ -14,6 +14,7 @@ from celery import Celery, bootsteps
 from celery.concurrency import prefork
 from celery.signals import (
     after_setup_logger,
+    after_setup_task_logger,
     celeryd_init,
     worker_process_init,
     worker_process_shutdown,
@@ -26,6 +27,9 @@ from pipeline.execution import Executor
 from pipeline.result_store.migrations import require_current
 
 log = logging.getLogger(__name__)
+
+#: seconds between two looks at whether recovery is still there
+_WATCH_EVERY = 5.0
 
 
 def equip(celery: Celery, executor: Executor, *, database_url: str, recovery_beside: bool) -> None:
@@ -67,6 +71,7 @@ def equip(celery: Celery, executor: Executor, *, database_url: str, recovery_bes
 
     celeryd_init.connect(take_name, weak=False)
     after_setup_logger.connect(redact, weak=False)
+    after_setup_task_logger.connect(redact, weak=False)
     worker_process_init.connect(enter, weak=False)
     worker_ready.connect(enter_without_children, weak=False)
     worker_process_shutdown.connect(close, weak=False)
@@ -77,23 +82,44 @@ class RecoveryBeside(bootsteps.StartStopStep):  # type: ignore[misc]
     """Runs recovery as a process of its own: it asks the database, which a worker's event loop must not wait for."""
 
     #: after the pool, so that its processes do not hold the pipe open that tells recovery of our end
-    requires = ("celery.worker.components:Pool",)
+    requires = ("celery.worker.components:Pool", "celery.worker.components:Timer")
 
     def __init__(self, worker: Any, **options: Any) -> None:
         super().__init__(worker, **options)
         self._process: subprocess.Popen[bytes] | None = None
+        self._watch: Any = None
 
     def start(self, worker: Any) -> None:
-        """Start it; it ends when its standard input does."""
-        command = [sys.executable, "-m", "pipeline", "scheduler", "--until-eof"]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+        """Start it, and see to it that it stays; it ends when its standard input does."""
+        self._ensure()
+        self._watch = worker.timer.call_repeatedly(_WATCH_EVERY, self._ensure)
+
+    def _ensure(self) -> None:
+        if self._process is not None and self._process.poll() is not None:
+            log.warning("recovery ended with code %s; starting it again", self._process.returncode)
+            self._release(self._process)
+            self._process = None
+        if self._process is None:
+            command = [sys.executable, "-m", "pipeline", "scheduler", "--until-eof"]
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
     def stop(self, worker: Any) -> None:
         """End it."""
         process, self._process = self._process, None
-        if process is not None and process.stdin is not None:
-            process.stdin.close()
+        if self._watch is not None:
+            self._watch.cancel()
+        if process is not None:
+            self._release(process)
             process.terminate()
-            process.wait(10)
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    @staticmethod
+    def _release(process: subprocess.Popen[bytes]) -> None:
+        assert process.stdin is not None
+        process.stdin.close()
 
     terminate = stop

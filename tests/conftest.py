@@ -13,8 +13,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,14 @@ from psycopg import sql
 from config.settings import Settings
 from pipeline.embedded import EmbeddedServices
 from pipeline.engine import WorkflowEngine
+from pipeline.observe import Execution
 from pipeline.result_store.migrations import upgrade
+from pipeline.result_store.rows import TaskExecution
 from pipeline.result_store.store import ResultStore
-from pipeline.states import EXECUTION_TRANSITIONS, TASK_TRANSITIONS
+from pipeline.states import EXECUTION_TRANSITIONS, TASK_TRANSITIONS, TaskStatus
 
 TESTS = Path(__file__).parent
+sys.path.insert(0, str(TESTS))  # installations of the tests name the module of handlers that lies there
 IN_CI = os.environ.get("CI") == "true"
 
 
@@ -147,6 +151,20 @@ class Site:
                 stdin=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
 
+    def run(self, definition: Any, input_data: Mapping[str, Any] | None = None, **options: Any) -> Execution:
+        """Execute and wait for the end."""
+        return self.engine.wait(self.engine.execute_workflow(definition, input_data, **options), 60)
+
+    def task(self, execution_id: str, task_id: str) -> TaskExecution:
+        """One task as it is now."""
+        return self.engine.get_execution(execution_id).tasks[task_id]
+
+    def until_running(self, execution_id: str, *task_ids: str) -> None:
+        """Wait until tasks run."""
+        self.until(
+            lambda: all(self.task(execution_id, t).status is TaskStatus.RUNNING for t in task_ids)
+        )
+
     def log(self, name: str) -> str:
         """What a process said."""
         return (self.log_folder / f"{name}.log").read_text("utf-8", "replace")
@@ -171,7 +189,8 @@ class Site:
             print(self.log(name)[-6000:])
             raise
         finally:
-            end(process)
+            ended = end(process)
+        assert ended, f"the worker did not end by itself\n{self.log(name)[-3000:]}"
 
     def until(self, condition: Callable[[], Any], timeout: float = 60.0) -> None:
         """Wait for something that another process does; fails loudly, with the workers' logs."""
@@ -183,19 +202,19 @@ class Site:
             time.sleep(0.02)
 
 
-def end(process: subprocess.Popen[bytes], timeout: float = 30.0) -> None:
-    """SIGTERM, and SIGKILL to the whole session where that does not end it."""
+def end(process: subprocess.Popen[bytes], timeout: float = 30.0) -> bool:
+    """SIGTERM, and SIGKILL to the whole session; false where the first did not end it."""
+    ended = True
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
         try:
             process.wait(timeout)
         except subprocess.TimeoutExpired:
-            pass
-    try:
+            ended = False
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
+    return ended
 
 
 @pytest.fixture(scope="session")
@@ -224,21 +243,46 @@ def site(sites: Callable[..., Site]) -> Site:
     return sites()
 
 
-@pytest.fixture(scope="session", params=["prefork", "threads"])
-def busy_site(request: pytest.FixtureRequest, sites: Callable[..., Site]) -> Iterator[Site]:
-    """An installation with a worker, shared by the tests that leave it as it was; once for each kind of pool."""
-    made = sites()
-    with made.worker(pool=request.param, concurrency=2):
-        yield made
+@pytest.fixture(scope="session")
+def _busy_sites(sites: Callable[..., Site]) -> Iterator[Callable[[str], Site]]:
+    """Installations with a worker, by kind of pool; a secret in their settings, and limits that tests can wait for."""
+    with ExitStack() as opened:
+
+        @cache
+        def busy(pool: str) -> Site:
+            made = sites(hard_limit=1.0, secrets={"TOKEN": CANARY}, max_result_bytes=4096, loss_budget=1)
+            opened.enter_context(made.worker(pool=pool))
+            return made
+
+        yield busy
+
+
+@pytest.fixture
+def prefork_site(_busy_sites: Callable[[str], Site]) -> Site:
+    """An installation with a prefork worker for two tasks, shared by the tests that leave it as it was."""
+    return _busy_sites("prefork")
+
+
+@pytest.fixture
+def threads_site(_busy_sites: Callable[[str], Site]) -> Site:
+    """The same with a worker of two threads."""
+    return _busy_sites("threads")
+
+
+@pytest.fixture(params=["prefork", "threads"])
+def busy_site(request: pytest.FixtureRequest, _busy_sites: Callable[[str], Site]) -> Site:
+    """Both in turn."""
+    return _busy_sites(request.param)
 
 
 @pytest.fixture(autouse=True)
 def _audited(request: pytest.FixtureRequest) -> Iterator[None]:
     """After each test the store it used keeps every invariant."""
+    names = ("site", "busy_site", "prefork_site", "threads_site")
+    used: list[Site] = [request.getfixturevalue(name) for name in names if name in request.fixturenames]
     yield
-    for name in ("site", "busy_site"):
-        if name in request.fixturenames:
-            assert request.getfixturevalue(name).engine.installation.store.audit() == []
+    for made in used:
+        assert made.engine.installation.store.audit() == []
 
 
 def task(id: str, handler: str = "debug.noop", after: tuple[str, ...] = (), **more: Any) -> dict[str, Any]:  # noqa: A002
@@ -252,6 +296,10 @@ def workflow(*tasks: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 
 NO_RETRY = {"max_retries": 0}
+#: retries that tests can wait for
+SOON = {"max_retries": 3, "max_delay": 0.2}
+#: a secret's value, with what JSON and Python escape
+CANARY = 'canary-"4711"-\\-tweet'
 
 
 def _named(url: str, name: str) -> str:

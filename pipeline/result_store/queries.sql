@@ -48,7 +48,7 @@ SELECT d.definition_id, d.definition::text AS definition
 -- Record an execution, its state, all its tasks and counters.
 SELECT * FROM pipeline.create_execution(
     %(execution_id)s, %(definition_id)s, %(user_id)s, %(idempotency_key)s, %(input_data)s, %(input_digest)s,
-    %(variables)s, %(timeout)s, %(grace)s)
+    %(variables)s, %(timeout)s, %(queue_timeout)s, %(grace)s)
 
 -- ready_tasks --
 -- The tasks of an execution that wait for a worker, as a publisher needs them.
@@ -88,8 +88,10 @@ SELECT c.outcome, r.* FROM pipeline.end_task(
 
 -- running_attempt --
 -- The fence of a running task, for whoever learns that its worker is gone.
-SELECT execution_id, task_id, epoch, worker_id, retries FROM pipeline.task_executions
- WHERE execution_id = %(execution_id)s AND task_id = %(task_id)s AND status = 'running' AND epoch = %(epoch)s
+SELECT t.execution_id, t.task_id, t.epoch, t.worker_id, t.retries
+  FROM pipeline.task_executions t JOIN pipeline.workers k USING (worker_id)
+ WHERE t.execution_id = %(execution_id)s AND t.task_id = %(task_id)s AND t.status = 'running' AND t.epoch = %(epoch)s
+   AND k.name = %(worker)s
 
 -- set_progress --
 -- Show how far an attempt is; nothing where the fence does not hold.
@@ -136,7 +138,13 @@ SELECT EXISTS (SELECT 1 FROM pipeline.task_executions
        EXISTS (SELECT 1 FROM pipeline.task_executions
                 WHERE status = 'running' AND deadline_at <= pipeline.clock()) AS overdue,
        EXISTS (SELECT 1 FROM pipeline.workflow_executions
-                WHERE deadline_at <= pipeline.clock() AND finished_at IS NULL AND verdict IS NULL) AS expired
+                WHERE deadline_at <= pipeline.clock() AND finished_at IS NULL AND verdict IS NULL)
+       OR EXISTS (SELECT 1 FROM pipeline.workflow_executions e
+                   WHERE e.queue_timeout IS NOT NULL AND e.finished_at IS NULL AND e.verdict IS NULL AND NOT e.paused
+                     AND EXISTS (SELECT 1 FROM pipeline.task_executions t
+                                  WHERE t.execution_id = e.execution_id AND t.status = 'pending'
+                                    AND t.due_at IS NOT NULL AND t.ready_at <= pipeline.clock() - e.queue_timeout))
+       AS expired
 
 -- lost_attempts --
 -- Running tasks whose worker's lease ran out.
@@ -152,9 +160,15 @@ SELECT execution_id, task_id, epoch, worker_id, retries FROM pipeline.task_execu
  ORDER BY execution_id, task_id LIMIT %(limit)s
 
 -- expired_executions --
--- Open executions whose time is up.
+-- Open executions whose time is up, or whose tasks waited too long for a worker.
 SELECT execution_id FROM pipeline.workflow_executions
  WHERE deadline_at <= pipeline.clock() AND finished_at IS NULL AND verdict IS NULL
+UNION
+SELECT e.execution_id FROM pipeline.workflow_executions e
+ WHERE e.queue_timeout IS NOT NULL AND e.finished_at IS NULL AND e.verdict IS NULL AND NOT e.paused
+   AND EXISTS (SELECT 1 FROM pipeline.task_executions t
+                WHERE t.execution_id = e.execution_id AND t.status = 'pending' AND t.due_at IS NOT NULL
+                  AND t.ready_at <= pipeline.clock() - e.queue_timeout)
  ORDER BY execution_id LIMIT %(limit)s
 
 -- expire_execution --
@@ -167,25 +181,8 @@ SELECT count(*)::int AS count FROM pipeline.task_executions
  WHERE status IN ('pending', 'retry') AND due_at IS NOT NULL AND hints > 0
 
 -- take_due --
--- Tasks whose message is due, pushed ahead so that the next look is later each time; what is paused waits unpublished.
--- With `first_only`, tasks that were published before are left to the messages that the broker still holds.
-WITH due AS (
-    SELECT t.execution_id, t.task_id, e.definition_id, e.paused OR e.verdict IS NOT NULL AS held
-      FROM pipeline.task_executions t JOIN pipeline.workflow_executions e USING (execution_id)
-     WHERE t.status IN ('pending', 'retry') AND t.due_at <= pipeline.clock()
-       AND (t.hints = 0 OR NOT %(first_only)s)
-     ORDER BY t.due_at LIMIT %(limit)s FOR UPDATE OF t SKIP LOCKED
-), pushed AS (
-    UPDATE pipeline.task_executions t
-       SET due_at = CASE WHEN d.held THEN pipeline.clock() + interval '1 hour'
-                         ELSE pipeline.clock() + %(grace)s * (2 ^ least(t.hints, 6)) END,
-           hints = CASE WHEN d.held THEN t.hints ELSE t.hints + 1 END,
-           ready_at = coalesce(t.ready_at, pipeline.clock())
-      FROM due d WHERE t.execution_id = d.execution_id AND t.task_id = d.task_id
-    RETURNING t.execution_id, t.task_id, t.epoch, t.handler, d.definition_id, d.held)
-SELECT p.execution_id, p.task_id, p.epoch, p.handler, w.timeout
-  FROM pushed p JOIN pipeline.workflow_tasks w ON w.definition_id = p.definition_id AND w.task_id = p.task_id
- WHERE NOT p.held ORDER BY p.execution_id, w.number
+-- Tasks whose message is to be published (again); with `first_only`, only those that never were.
+SELECT * FROM pipeline.take_due(%(limit)s, %(first_only)s, %(grace)s)
 
 -- cancel_execution --
 -- Stop an execution: the status that it was found in, NULL where there is none.
@@ -199,9 +196,34 @@ SELECT pipeline.pause_execution(%(execution_id)s, %(user_id)s) AS status
 -- Let things start again.
 SELECT pipeline.resume_execution(%(execution_id)s, %(user_id)s) AS status
 
--- retry_execution --
--- Open a failed or cancelled execution again.
-SELECT pipeline.retry_execution(%(execution_id)s, %(user_id)s) AS status
+-- reopen_execution --
+-- Open an ended execution again, from a named task or from what did not succeed.
+SELECT pipeline.reopen_execution(%(execution_id)s, %(user_id)s, %(task_id)s, %(params)s) AS status
+
+-- mark_task --
+-- Decide a task by hand.
+SELECT c.status AS outcome, c.changed, r.* FROM pipeline.mark_task(
+    %(execution_id)s, %(task_id)s, %(status)s, %(result)s, %(user_id)s, %(reason)s, %(grace)s) c
+  LEFT JOIN unnest(c.ready) r ON true
+
+-- get_events --
+-- What people did to an execution, in order.
+SELECT kind, task_id, user_id, at, detail FROM pipeline.workflow_events
+ WHERE execution_id = %(execution_id)s ORDER BY event_id
+
+-- finished_before --
+-- Executions that ended long enough ago, oldest first.
+SELECT execution_id FROM pipeline.workflow_executions
+ WHERE finished_at < pipeline.clock() - %(age)s ORDER BY finished_at LIMIT %(limit)s
+
+-- forget_executions --
+-- Delete ended executions with all their rows.
+SELECT pipeline.forget_executions(%(execution_ids)s) AS count
+
+-- forget_workers --
+-- Delete incarnations that ended long ago and that nothing names.
+DELETE FROM pipeline.workers k WHERE k.expires_at < pipeline.clock() - %(age)s
+   AND NOT EXISTS (SELECT 1 FROM pipeline.task_executions t WHERE t.worker_id = k.worker_id AND t.status = 'running')
 
 -- get_execution --
 -- One execution.
@@ -216,7 +238,7 @@ SELECT e.execution_id, e.workflow_id, d.version, d.digest, e.status, e.verdict, 
 -- Its tasks, in topological order.
 SELECT t.task_id, t.handler, t.status, t.epoch, t.attempt, t.retries, t.losses, t.ready_at, t.started_at,
        t.finished_at, t.progress, t.progress_message, t.result, t.error_type, t.error_message, t.error_traceback,
-       CASE WHEN t.status = 'retry' THEN t.due_at END AS retry_at, k.name AS worker
+       CASE WHEN t.status = 'retry' THEN nullif(t.due_at, 'infinity') END AS retry_at, k.name AS worker
   FROM pipeline.task_executions t
   JOIN pipeline.workflow_executions e USING (execution_id)
   JOIN pipeline.workflow_tasks w ON w.definition_id = e.definition_id AND w.task_id = t.task_id

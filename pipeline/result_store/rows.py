@@ -40,6 +40,8 @@ class Claim:
     attempt: int
     #: retries used so far in this run
     retries: int
+    #: replace the definition's params, where somebody gave others
+    params: dict[str, Any] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +75,10 @@ class Running(Attempt):
 class Ended:
     """The answer to a completion."""
 
-    #: done, or stale: the fence did not hold and nothing was changed
+    #: done, or stale: the fence did not hold and nothing was changed; of a mark: the status found
     outcome: str
+    #: false where a mark came too late
+    changed: bool = True
     ready: tuple[ReadyTask, ...]
 
 
@@ -200,6 +204,18 @@ class ExecutionSummary:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "status", ExecutionStatus(self.status))  # the driver gives text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Something that a person did to an execution."""
+
+    #: cancel, pause, resume, retry, rerun or mark
+    kind: str
+    task_id: str | None
+    user_id: str | None
+    at: datetime
+    detail: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)

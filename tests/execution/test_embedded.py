@@ -185,18 +185,20 @@ def test_start_after_a_server_died_starts_it_again_at_its_address(home: Path) ->
             assert pid(home, "redis") not in numbers
 
 
-@pytest.mark.parametrize("name", ["postgres", "redis"])
-def test_start_with_a_pid_file_whose_number_is_another_programs_now_starts_the_server(home: Path, name: str) -> None:
-    held = EmbeddedServices(home, postgres=name == "postgres", redis=name == "redis")
-    held.start()
-    number = pid(home, name)
-    kill(number)
-    file = home / name / {"postgres": Postgres, "redis": Redis}[name].pid_file
-    file.write_text(file.read_text().replace(str(number), str(os.getpid()), 1))
-    held.start()
-    assert runs(pid(home, name))
-    assert pid(home, name) != os.getpid()
-    held.stop()
+@pytest.mark.parametrize(("name", "other"), [("postgres", "redis"), ("redis", "postgres")])
+def test_start_with_a_pid_file_whose_number_is_another_programs_now_starts_the_server(
+    home: Path, name: str, other: str
+) -> None:
+    with EmbeddedServices(home) as services:
+        number, others = pid(home, name), pid(home, other)
+        kill(number)
+        file = home / name / {"postgres": Postgres, "redis": Redis}[name].pid_file
+        file.write_text(file.read_text().replace(str(number), str(others), 1))
+        with EmbeddedServices(home) as again:
+            assert again == services
+            assert pid(home, name) not in (number, others)
+            assert runs(pid(home, name))
+            assert pid(home, other) == others
 
 
 def test_start_where_another_home_answers_at_the_recorded_port_takes_another(home: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@
 --
 -- due_at is the whole hint protocol. NULL: dependencies open, or claimed, or over. A time: the task may be claimed;
 -- when the time passes, recovery publishes its message (again). Submitting and completing set it a grace ahead and
--- publish themselves; a retry sets it to the end of its delay.
+-- publish themselves; a retry sets it to the end of its delay. Infinity: parked, the execution was paused when it passed.
 --
 -- A claim raises the epoch and writes the worker's incarnation: (epoch, worker_id) is the fence, what does not hold it
 -- changes nothing. An attempt that ended otherwise than the task did is kept in task_attempts.
@@ -69,7 +69,7 @@ CREATE TABLE pipeline.workflow_executions (
     status           text NOT NULL DEFAULT 'pending',
     verdict          text,                 -- decided while running tasks still end; no claim from then on
     paused           boolean NOT NULL DEFAULT false,
-    has_skips        boolean NOT NULL DEFAULT false,  -- completions must look for skipped dependencies
+    careful          boolean NOT NULL DEFAULT false,  -- completions must look at the tasks they release, see `release`
     run              int NOT NULL DEFAULT 1,          -- +1 with each retry of the execution
     created_by       text,
     idempotency_key  text,
@@ -79,6 +79,7 @@ CREATE TABLE pipeline.workflow_executions (
     started_at       timestamptz,
     finished_at      timestamptz,
     deadline_at      timestamptz,
+    queue_timeout    interval,             -- how long a ready task may wait for a worker
     CONSTRAINT workflow_executions_status
         CHECK (status IN ('pending', 'running', 'success', 'failed', 'cancelled', 'retry')),
     CONSTRAINT workflow_executions_verdict CHECK (verdict IN ('failed', 'cancelled')),
@@ -90,6 +91,11 @@ CREATE UNIQUE INDEX workflow_executions_key ON pipeline.workflow_executions (wor
 CREATE INDEX workflow_executions_created ON pipeline.workflow_executions (created_at);
 CREATE INDEX workflow_executions_deadline ON pipeline.workflow_executions (deadline_at)
     WHERE deadline_at IS NOT NULL AND finished_at IS NULL;
+
+CREATE INDEX workflow_executions_queue ON pipeline.workflow_executions (execution_id)
+    WHERE queue_timeout IS NOT NULL AND finished_at IS NULL;
+CREATE INDEX workflow_executions_finished_at ON pipeline.workflow_executions (finished_at)
+    WHERE finished_at IS NOT NULL;
 
 CREATE TABLE pipeline.workflow_states (
     execution_id  text COLLATE "C" PRIMARY KEY,
@@ -113,6 +119,7 @@ CREATE TABLE pipeline.task_executions (
     started_at        timestamptz,
     deadline_at       timestamptz,                  -- when even the hard limit has passed
     finished_at       timestamptz,
+    params            jsonb,                        -- replaces the definition's params, where somebody gave others
     progress          real,
     progress_message  text,
     result            jsonb,
@@ -138,7 +145,7 @@ CREATE TABLE pipeline.task_attempts (
     task_id          text COLLATE "C" NOT NULL,
     epoch            int NOT NULL,
     attempt          int NOT NULL,
-    outcome          text NOT NULL,                 -- retry | lost | failed | skipped | cancelled
+    outcome          text NOT NULL,                 -- retry | lost | released | failed | skipped | cancelled | success
     worker_id        bigint,
     started_at       timestamptz,
     ended_at         timestamptz NOT NULL DEFAULT pipeline.clock(),
@@ -190,15 +197,17 @@ CREATE TYPE pipeline.ready_task AS (execution_id text, task_id text, epoch int, 
 -- caller's connection has open. `created` is false where the idempotency key was used before.
 CREATE FUNCTION pipeline.create_execution(
     p_execution text, p_definition bigint, p_user text, p_key text, p_input jsonb, p_input_digest text,
-    p_variables jsonb, p_deadline interval, p_grace interval
+    p_variables jsonb, p_deadline interval, p_queue_timeout interval, p_grace interval
 ) RETURNS TABLE (created boolean, execution_id text, same_work boolean) LANGUAGE plpgsql AS $$
 DECLARE
     workflow text;
 BEGIN
     SELECT d.workflow_id INTO STRICT workflow FROM pipeline.workflow_definitions d WHERE d.definition_id = p_definition;
     INSERT INTO pipeline.workflow_executions AS e
-        (execution_id, definition_id, workflow_id, created_by, idempotency_key, input_digest, deadline_at)
-        VALUES (p_execution, p_definition, workflow, p_user, p_key, p_input_digest, pipeline.clock() + p_deadline)
+        (execution_id, definition_id, workflow_id, created_by, idempotency_key, input_digest, deadline_at,
+         queue_timeout)
+        VALUES (p_execution, p_definition, workflow, p_user, p_key, p_input_digest, pipeline.clock() + p_deadline,
+                p_queue_timeout)
         ON CONFLICT (workflow_id, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING;
     IF NOT FOUND THEN
         RETURN QUERY SELECT false, e.execution_id, e.definition_id = p_definition AND e.input_digest = p_input_digest
@@ -222,7 +231,7 @@ END $$;
 -- execution takes no claims. A repeat of a claim whose answer was lost gives the same row again.
 CREATE FUNCTION pipeline.claim_task(
     p_execution text, p_task text, p_epoch int, p_worker bigint, p_hard_limit interval
-) RETURNS TABLE (definition_id bigint, epoch int, attempt int, retries int) LANGUAGE plpgsql AS $$
+) RETURNS TABLE (definition_id bigint, epoch int, attempt int, retries int, params jsonb) LANGUAGE plpgsql AS $$
 DECLARE
     x record;
 BEGIN
@@ -245,9 +254,9 @@ BEGIN
            AND t.status IN ('pending', 'retry') AND t.due_at IS NOT NULL
            AND EXISTS (SELECT 1 FROM pipeline.workers k
                         WHERE k.worker_id = p_worker AND k.expires_at > pipeline.clock())
-        RETURNING x.definition_id, t.epoch, t.attempt, t.retries;
+        RETURNING x.definition_id, t.epoch, t.attempt, t.retries, t.params;
     IF NOT FOUND THEN
-        RETURN QUERY SELECT x.definition_id, t.epoch, t.attempt, t.retries FROM pipeline.task_executions t
+        RETURN QUERY SELECT x.definition_id, t.epoch, t.attempt, t.retries, t.params FROM pipeline.task_executions t
             WHERE t.execution_id = p_execution AND t.task_id = p_task AND t.epoch = p_epoch + 1
               AND t.status = 'running' AND t.worker_id = p_worker;
         RETURN;
@@ -273,9 +282,9 @@ DECLARE
     ended boolean := false;
 BEGIN
     PERFORM pg_advisory_xact_lock_shared(pipeline.lock_key(p_execution));
-    SELECT e.definition_id, e.verdict, e.has_skips INTO x
+    SELECT e.definition_id, e.verdict, e.careful INTO x
       FROM pipeline.workflow_executions e WHERE e.execution_id = p_execution;
-    IF x.verdict IS NOT NULL OR x.has_skips THEN
+    IF x.verdict IS NOT NULL OR x.careful THEN
         RETURN QUERY SELECT 'again', NULL::pipeline.ready_task[];
         RETURN;
     END IF;
@@ -284,7 +293,8 @@ BEGIN
      WHERE t.execution_id = p_execution AND t.task_id = p_task
        AND t.status = 'running' AND t.epoch = p_epoch AND t.worker_id = p_worker;
     IF NOT FOUND THEN
-        RETURN QUERY SELECT * FROM pipeline.repeat_of(p_execution, x.definition_id, p_task, p_epoch, p_worker);
+        RETURN QUERY SELECT * FROM pipeline.repeat_of(
+            p_execution, x.definition_id, p_task, p_epoch, p_worker, 'success');
         RETURN;
     END IF;
     SELECT w.releases, w.headers INTO plan
@@ -294,7 +304,7 @@ BEGIN
         UPDATE pipeline.join_counters c SET remaining = c.remaining - 1
          WHERE c.execution_id = p_execution AND c.number = number_ RETURNING c.remaining INTO remaining_;
         IF remaining_ = 0 THEN
-            ended := number_ = 0;
+            ended := ended OR number_ = 0;
             released := released || (SELECT h.bodies FROM pipeline.workflow_headers h
                                       WHERE h.definition_id = x.definition_id AND h.number = number_);
         END IF;
@@ -310,13 +320,15 @@ BEGIN
     END IF;
 END $$;
 
--- The answer to a completion that finds its row moved on: a repeat of itself is told again what it released.
-CREATE FUNCTION pipeline.repeat_of(p_execution text, p_definition bigint, p_task text, p_epoch int, p_worker bigint)
-RETURNS TABLE (outcome text, ready pipeline.ready_task[]) LANGUAGE plpgsql AS $$
+-- The answer to a completion that finds its row moved on: a repeat of itself is told again what it released, but for
+-- what a cascade of skips released, which recovery publishes.
+CREATE FUNCTION pipeline.repeat_of(
+    p_execution text, p_definition bigint, p_task text, p_epoch int, p_worker bigint, p_outcome text
+) RETURNS TABLE (outcome text, ready pipeline.ready_task[]) LANGUAGE plpgsql AS $$
 BEGIN
     PERFORM 1 FROM pipeline.task_executions t
       WHERE t.execution_id = p_execution AND t.task_id = p_task AND t.epoch = p_epoch AND t.worker_id = p_worker
-        AND t.status IN ('success', 'failed', 'skipped', 'cancelled', 'retry');
+        AND t.status = p_outcome;
     IF NOT FOUND THEN
         RETURN QUERY SELECT 'stale', NULL::pipeline.ready_task[];
         RETURN;
@@ -389,6 +401,7 @@ END $$;
 
 -- Record any end of an attempt, with all its consequences: the careful path, alone in its execution.
 --   p_outcome  success | failed | skipped | cancelled | retry (due again after p_delay) | lost (its worker is gone)
+--              | released (its worker gave it back)
 -- `lost` is given the budget: a task that lost more workers than that fails.
 CREATE FUNCTION pipeline.end_task(
     p_execution text, p_task text, p_epoch int, p_worker bigint, p_outcome text, p_result jsonb,
@@ -407,10 +420,11 @@ BEGIN
      WHERE r.execution_id = p_execution AND r.task_id = p_task
        AND r.status = 'running' AND r.epoch = p_epoch AND r.worker_id = p_worker FOR UPDATE;
     IF NOT FOUND THEN
-        RETURN QUERY SELECT * FROM pipeline.repeat_of(p_execution, x.definition_id, p_task, p_epoch, p_worker);
+        RETURN QUERY SELECT * FROM pipeline.repeat_of(
+            p_execution, x.definition_id, p_task, p_epoch, p_worker, p_outcome);
         RETURN;
     END IF;
-    IF target IN ('retry', 'lost') THEN
+    IF target IN ('retry', 'lost', 'released') THEN
         IF x.verdict IS NOT NULL THEN
             target := x.verdict;
         ELSIF target = 'lost' AND t.losses >= p_loss_budget THEN
@@ -419,7 +433,7 @@ BEGIN
                               t.losses + 1, p_loss_budget, p_error_message);
         END IF;
     END IF;
-    IF target IN ('retry', 'lost') THEN
+    IF target IN ('retry', 'lost', 'released') THEN
         INSERT INTO pipeline.task_attempts (execution_id, task_id, epoch, attempt, outcome, worker_id, started_at,
                                             error_type, error_message, error_traceback)
             VALUES (p_execution, p_task, p_epoch, t.attempt, target, p_worker, t.started_at,
@@ -448,61 +462,97 @@ BEGIN
         RETURN QUERY SELECT 'done', NULL::pipeline.ready_task[];
     ELSE
         IF target = 'skipped' THEN
-            UPDATE pipeline.workflow_executions e SET has_skips = true WHERE e.execution_id = p_execution;
+            UPDATE pipeline.workflow_executions e SET careful = true WHERE e.execution_id = p_execution;
         END IF;
         RETURN QUERY SELECT 'done', pipeline.release(p_execution, x.definition_id, p_task, p_grace);
     END IF;
 END $$;
 
--- Release what waited for a task that ended well or was skipped. A task with a skipped dependency is skipped when its
--- turn comes, and releases in turn. The caller holds the execution's lock exclusively.
+-- Release what waited for a task that ended well or was skipped, wave by wave. A task with a skipped dependency is
+-- skipped when its turn comes, and releases in turn; so does, uncounted, one that succeeded in an earlier run behind a
+-- task that was skipped then. The caller holds the execution's lock exclusively.
 CREATE FUNCTION pipeline.release(p_execution text, p_definition bigint, p_task text, p_grace interval)
 RETURNS pipeline.ready_task[] LANGUAGE plpgsql AS $$
 DECLARE
     ended text[] := ARRAY[p_task];
+    passed text[] := '{}';
+    zero int[];
     candidates text[];
+    barred text[];
+    causes text[];
     runnable text[] := '{}';
-    plan record;
-    number_ int;
-    remaining_ int;
-    skipped text[];
     over boolean := false;
 BEGIN
-    WHILE cardinality(ended) > 0 LOOP
-        SELECT w.releases, w.headers INTO plan
-          FROM pipeline.workflow_tasks w WHERE w.definition_id = p_definition AND w.task_id = ended[1];
-        candidates := plan.releases;
-        FOREACH number_ IN ARRAY plan.headers LOOP
-            UPDATE pipeline.join_counters c SET remaining = c.remaining - 1
-             WHERE c.execution_id = p_execution AND c.number = number_ RETURNING c.remaining INTO remaining_;
-            IF remaining_ = 0 THEN
-                over := over OR number_ = 0;
-                candidates := candidates || (SELECT h.bodies FROM pipeline.workflow_headers h
-                                              WHERE h.definition_id = p_definition AND h.number = number_);
-            END IF;
-        END LOOP;
-        WITH barred AS (
-            SELECT w.task_id, min(d.task_id) AS because
-              FROM pipeline.workflow_tasks w
-              JOIN pipeline.task_executions d
-                ON d.execution_id = p_execution AND d.task_id = ANY (w.dependencies) AND d.status = 'skipped'
-             WHERE w.definition_id = p_definition AND w.task_id = ANY (candidates)
-             GROUP BY w.task_id
-        ), moved AS (
+    WHILE ended || passed <> '{}' LOOP
+        WITH hit AS MATERIALIZED (
+            SELECT n AS number, count(*) AS times FROM pipeline.workflow_tasks w, unnest(w.headers) n
+             WHERE w.definition_id = p_definition AND w.task_id = ANY (ended) GROUP BY n
+        ), counted AS (
+            UPDATE pipeline.join_counters c SET remaining = c.remaining - h.times FROM hit h
+             WHERE c.execution_id = p_execution AND c.number = h.number RETURNING c.number, c.remaining)
+        SELECT coalesce(array_agg(c.number), '{}') INTO zero FROM counted c WHERE c.remaining = 0;
+        over := over OR 0 = ANY (zero) OR EXISTS (
+            SELECT 1 FROM pipeline.workflow_tasks w
+             WHERE w.definition_id = p_definition AND w.task_id = ANY (passed) AND 0 = ANY (w.headers));
+        candidates := ARRAY(
+            SELECT r FROM pipeline.workflow_tasks w, unnest(w.releases) r
+             WHERE w.definition_id = p_definition AND w.task_id = ANY (ended || passed)
+            UNION ALL
+            SELECT b FROM pipeline.workflow_headers h, unnest(h.bodies) b
+             WHERE h.definition_id = p_definition AND h.number = ANY (zero));
+        SELECT array_agg(b.task_id), array_agg(b.because) INTO barred, causes
+          FROM (SELECT w.task_id, min(s.task_id) AS because
+                  FROM pipeline.workflow_tasks w, unnest(w.dependencies) n, LATERAL (
+                    SELECT d.task_id FROM pipeline.task_executions d
+                     WHERE d.execution_id = p_execution AND d.task_id = n AND d.status = 'skipped'
+                    OFFSET 0) s  -- one look-up each, whatever the planner thinks of the size of executions
+                 WHERE w.definition_id = p_definition AND w.task_id = ANY (candidates) GROUP BY w.task_id) b;
+        WITH moved AS (
             UPDATE pipeline.task_executions t
                SET status = 'skipped', finished_at = pipeline.clock(),
-                   error_message = format('dependency %s was skipped', b.because)
-              FROM barred b
-             WHERE t.execution_id = p_execution AND t.task_id = b.task_id AND t.status = 'pending'
+                   error_message = format('dependency %s was skipped', causes[array_position(barred, t.task_id)])
+             WHERE t.execution_id = p_execution AND t.task_id = ANY (barred) AND t.status = 'pending'
             RETURNING t.task_id)
-        SELECT coalesce(array_agg(m.task_id ORDER BY m.task_id), '{}') INTO skipped FROM moved m;
-        runnable := runnable || ARRAY(SELECT c FROM unnest(candidates) c WHERE c <> ALL (skipped));
-        ended := ended[2:] || skipped;
+        SELECT coalesce(array_agg(m.task_id), '{}') INTO ended FROM moved m;
+        SELECT coalesce(array_agg(t.task_id) FILTER (WHERE t.status = 'success'), '{}'),
+               runnable || coalesce(array_agg(t.task_id) FILTER (WHERE t.status = 'pending'), '{}')
+          INTO passed, runnable
+          FROM pipeline.task_executions t WHERE t.execution_id = p_execution AND t.task_id = ANY (candidates);
     END LOOP;
     IF over THEN
         PERFORM pipeline.close_execution(p_execution, 'success');
     END IF;
     RETURN pipeline.make_ready(p_execution, p_definition, runnable, p_grace);
+END $$;
+
+-- Tasks whose message is due, pushed ahead so that the next look is later each time; what is paused is parked instead.
+-- The second statement sees what was committed before the first had its locks: a pause or resume is never missed.
+-- With `p_first_only`, tasks that were published before are left to the messages that the broker still holds.
+CREATE FUNCTION pipeline.take_due(p_limit int, p_first_only boolean, p_grace interval)
+RETURNS SETOF pipeline.ready_task LANGUAGE plpgsql AS $$
+DECLARE
+    executions text[];
+    tasks text[];
+BEGIN
+    SELECT array_agg(d.execution_id), array_agg(d.task_id) INTO executions, tasks
+      FROM (SELECT t.execution_id, t.task_id FROM pipeline.task_executions t
+             WHERE t.status IN ('pending', 'retry') AND t.due_at <= pipeline.clock()
+               AND (t.hints = 0 OR NOT p_first_only)
+             ORDER BY t.due_at LIMIT p_limit FOR NO KEY UPDATE SKIP LOCKED) d;
+    RETURN QUERY
+        WITH pushed AS (
+            UPDATE pipeline.task_executions t
+               SET due_at = CASE WHEN e.paused THEN 'infinity'
+                                 ELSE pipeline.clock() + p_grace * (2 ^ least(t.hints, 6)) END,
+                   hints = CASE WHEN e.paused THEN 0 ELSE t.hints + 1 END,
+                   ready_at = coalesce(t.ready_at, pipeline.clock())
+              FROM unnest(executions, tasks) d (execution_id, task_id)
+              JOIN pipeline.workflow_executions e USING (execution_id)
+             WHERE t.execution_id = d.execution_id AND t.task_id = d.task_id
+            RETURNING t.execution_id, t.task_id, t.epoch, t.handler, e.definition_id, e.paused)
+        SELECT p.execution_id, p.task_id, p.epoch, p.handler, w.timeout
+          FROM pushed p JOIN pipeline.workflow_tasks w ON w.definition_id = p.definition_id AND w.task_id = p.task_id
+         WHERE NOT p.paused ORDER BY p.execution_id, w.number;
 END $$;
 
 -- Steering: each returns the status it found, and acts only from the states named; NULL where there is no execution.
@@ -547,41 +597,63 @@ BEGIN
     IF FOUND THEN
         INSERT INTO pipeline.workflow_events (execution_id, kind, user_id) VALUES (p_execution, 'resume', p_user);
         UPDATE pipeline.task_executions t
-           SET due_at = CASE t.status WHEN 'retry' THEN t.due_at ELSE pipeline.clock() END, hints = 0
-         WHERE t.execution_id = p_execution AND t.status IN ('pending', 'retry') AND t.due_at IS NOT NULL;
+           SET due_at = pipeline.clock(), hints = 0
+         WHERE t.execution_id = p_execution
+           AND (t.status = 'pending' AND t.due_at IS NOT NULL OR t.status = 'retry' AND t.due_at = 'infinity');
     END IF;
     RETURN found_;
 END $$;
 
--- Open an execution that failed or was cancelled again: what succeeded is kept, everything else starts afresh.
--- Counters are computed from the rows, never patched.
-CREATE FUNCTION pipeline.retry_execution(p_execution text, p_user text) RETURNS text LANGUAGE plpgsql AS $$
+-- Open an ended execution again. With p_from NULL, from what did not succeed (a failed or cancelled one); else from that
+-- task with everything downstream of it, and what did not succeed besides. What else succeeded is kept.
+-- Counters are computed from the rows, never patched. Where tasks run one after another, some may have succeeded behind
+-- one that starts afresh: then only the first open task may start, and completions pass over what succeeded.
+CREATE FUNCTION pipeline.reopen_execution(p_execution text, p_user text, p_from text, p_params jsonb)
+RETURNS text LANGUAGE plpgsql AS $$
 DECLARE
     x record;
+    reset text[];
 BEGIN
     PERFORM pg_advisory_xact_lock(pipeline.lock_key(p_execution));
-    SELECT e.status, e.definition_id, e.deadline_at - e.created_at AS allowance INTO x
-      FROM pipeline.workflow_executions e WHERE e.execution_id = p_execution;
-    IF x.status IS NULL OR x.status NOT IN ('failed', 'cancelled') THEN
+    SELECT e.status, e.definition_id, (d.definition ->> 'timeout')::float8 AS timeout,
+           d.definition ->> 'enable_parallel' IS NOT DISTINCT FROM 'false' AS sequential INTO x
+      FROM pipeline.workflow_executions e JOIN pipeline.workflow_definitions d USING (definition_id)
+     WHERE e.execution_id = p_execution;
+    IF x.status IS NULL OR NOT (x.status IN ('failed', 'cancelled') OR x.status = 'success' AND p_from IS NOT NULL) THEN
         RETURN x.status;
     END IF;
-    INSERT INTO pipeline.workflow_events (execution_id, kind, user_id) VALUES (p_execution, 'retry', p_user);
+    WITH RECURSIVE downstream AS (
+        SELECT w.task_id FROM pipeline.workflow_tasks w
+         WHERE w.definition_id = x.definition_id AND w.task_id = p_from
+        UNION
+        SELECT w.task_id FROM downstream d
+          JOIN pipeline.workflow_tasks w ON w.definition_id = x.definition_id AND w.dependencies @> ARRAY[d.task_id])
+    SELECT array_agg(t.task_id) INTO reset FROM pipeline.task_executions t
+     WHERE t.execution_id = p_execution
+       AND (t.status <> 'success' OR t.task_id IN (SELECT d.task_id FROM downstream d));
+    IF p_from IS NOT NULL AND NOT p_from = ANY (coalesce(reset, '{}')) THEN
+        RETURN 'no such task';
+    END IF;
+    INSERT INTO pipeline.workflow_events (execution_id, task_id, kind, user_id, detail)
+        VALUES (p_execution, p_from, CASE WHEN p_from IS NULL THEN 'retry' ELSE 'rerun' END, p_user,
+                CASE WHEN p_params IS NULL THEN '{}' ELSE jsonb_build_object('params', p_params) END);
     INSERT INTO pipeline.task_attempts (execution_id, task_id, epoch, attempt, outcome, worker_id, started_at, ended_at,
                                         error_type, error_message, error_traceback)
         SELECT t.execution_id, t.task_id, t.epoch, t.attempt, t.status, t.worker_id, t.started_at, t.finished_at,
                t.error_type, t.error_message, t.error_traceback
           FROM pipeline.task_executions t
-         WHERE t.execution_id = p_execution AND t.status IN ('failed', 'skipped', 'cancelled') AND t.attempt > 0
+         WHERE t.execution_id = p_execution AND t.task_id = ANY (reset) AND t.attempt > 0
         ON CONFLICT DO NOTHING;  -- a task that was waiting for a retry has its attempt there already
     UPDATE pipeline.workflow_executions e
-       SET status = 'retry', verdict = NULL, has_skips = false, error_message = NULL, finished_at = NULL,
-           run = e.run + 1, deadline_at = pipeline.clock() + x.allowance
+       SET status = 'retry', verdict = NULL, error_message = NULL, finished_at = NULL, run = e.run + 1,
+           careful = x.sequential, deadline_at = pipeline.clock() + make_interval(secs => x.timeout)
      WHERE e.execution_id = p_execution;
     UPDATE pipeline.task_executions t
        SET status = 'pending', epoch = t.epoch + 1, retries = 0, losses = 0, hints = 0, finished_at = NULL,
            due_at = NULL, ready_at = NULL, worker_id = NULL, result = NULL,
-           error_type = NULL, error_message = NULL, error_traceback = NULL
-     WHERE t.execution_id = p_execution AND t.status IN ('failed', 'skipped', 'cancelled');
+           error_type = NULL, error_message = NULL, error_traceback = NULL,
+           params = CASE WHEN t.task_id = p_from THEN coalesce(p_params, t.params) ELSE t.params END
+     WHERE t.execution_id = p_execution AND t.task_id = ANY (reset);
     UPDATE pipeline.join_counters c
        SET remaining = (SELECT count(*) FROM pipeline.task_executions t
                          WHERE t.execution_id = p_execution AND t.task_id = ANY (h.tasks) AND t.status <> 'success')
@@ -592,33 +664,129 @@ BEGIN
      WHERE t.execution_id = p_execution AND w.definition_id = x.definition_id AND w.task_id = t.task_id
        AND t.status = 'pending'
        AND NOT EXISTS (SELECT 1 FROM pipeline.task_executions d
-                        WHERE d.execution_id = p_execution AND d.task_id = ANY (w.waits_for) AND d.status <> 'success');
-    IF NOT EXISTS (SELECT 1 FROM pipeline.task_executions t
-                    WHERE t.execution_id = p_execution AND t.status <> 'success') THEN
+                        WHERE d.execution_id = p_execution AND d.task_id = ANY (w.waits_for) AND d.status <> 'success')
+       AND (NOT x.sequential OR w.number = (
+           SELECT min(v.number) FROM pipeline.workflow_tasks v JOIN pipeline.task_executions o
+               ON o.execution_id = p_execution AND o.task_id = v.task_id AND o.status <> 'success'
+            WHERE v.definition_id = x.definition_id));
+    IF reset IS NULL THEN
         PERFORM pipeline.close_execution(p_execution, 'success');
     END IF;
     RETURN x.status;
 END $$;
 
--- End an execution whose time is up; true where it was.
-CREATE FUNCTION pipeline.expire_execution(p_execution text) RETURNS boolean LANGUAGE plpgsql AS $$
+-- Decide a task by hand, once its turn has come: success or skipped, whatever it is doing. Where the execution has
+-- failed or was cancelled it is opened again first. An attempt that runs loses its fence. Returns the status found, NULL
+-- where there is no such task, `waiting` where it waits for others.
+CREATE FUNCTION pipeline.mark_task(
+    p_execution text, p_task text, p_status text, p_result jsonb, p_user text, p_reason text, p_grace interval
+) RETURNS TABLE (status text, changed boolean, ready pipeline.ready_task[]) LANGUAGE plpgsql AS $$
+DECLARE
+    x record;
+    found_ text;
 BEGIN
     PERFORM pg_advisory_xact_lock(pipeline.lock_key(p_execution));
-    PERFORM 1 FROM pipeline.workflow_executions e
-      WHERE e.execution_id = p_execution AND e.deadline_at <= pipeline.clock() AND e.verdict IS NULL
-        AND e.status IN ('pending', 'running', 'retry');
+    SELECT e.status, e.verdict, e.definition_id, d.definition ->> 'enable_parallel' IS NOT DISTINCT FROM 'false' AS sequential
+      INTO x
+      FROM pipeline.workflow_executions e JOIN pipeline.workflow_definitions d USING (definition_id)
+     WHERE e.execution_id = p_execution;
+    SELECT t.status INTO found_ FROM pipeline.task_executions t
+     WHERE t.execution_id = p_execution AND t.task_id = p_task;
+    IF found_ IS NULL OR found_ = 'success' OR x.status = 'success' OR (x.verdict IS NOT NULL AND found_ = 'running') THEN
+        RETURN QUERY SELECT found_, false, NULL::pipeline.ready_task[];
+        RETURN;
+    END IF;
+    PERFORM 1 FROM pipeline.workflow_tasks w
+       JOIN pipeline.workflow_tasks v ON v.definition_id = w.definition_id
+        AND (v.task_id = ANY (w.waits_for) OR x.sequential AND v.number < w.number)
+       JOIN pipeline.task_executions d ON d.execution_id = p_execution AND d.task_id = v.task_id
+        AND d.status <> 'success' AND (d.status <> 'skipped' OR x.verdict IS NOT NULL)
+      WHERE w.definition_id = x.definition_id AND w.task_id = p_task;
+    IF FOUND THEN
+        RETURN QUERY SELECT 'waiting', false, NULL::pipeline.ready_task[];
+        RETURN;
+    END IF;
+    IF x.status IN ('failed', 'cancelled') THEN
+        PERFORM pipeline.reopen_execution(p_execution, p_user, NULL, NULL);
+    ELSIF found_ NOT IN ('pending', 'retry', 'running') THEN
+        RETURN QUERY SELECT found_, false, NULL::pipeline.ready_task[];
+        RETURN;
+    END IF;
+    INSERT INTO pipeline.workflow_events (execution_id, task_id, kind, user_id, detail)
+        VALUES (p_execution, p_task, 'mark', p_user, jsonb_build_object('status', p_status, 'reason', p_reason));
+    INSERT INTO pipeline.task_attempts (execution_id, task_id, epoch, attempt, outcome, worker_id, started_at,
+                                        error_type, error_message, error_traceback)
+        SELECT t.execution_id, t.task_id, t.epoch, t.attempt, 'released', t.worker_id, t.started_at,
+               t.error_type, 'decided by hand while it ran', t.error_traceback
+          FROM pipeline.task_executions t
+         WHERE t.execution_id = p_execution AND t.task_id = p_task AND t.status = 'running'
+        ON CONFLICT DO NOTHING;
+    UPDATE pipeline.task_executions t
+       SET status = p_status, epoch = t.epoch + 1, due_at = NULL, deadline_at = NULL, finished_at = pipeline.clock(),
+           result = CASE p_status WHEN 'success' THEN p_result END, error_type = NULL, error_traceback = NULL,
+           error_message = format('marked as %s by %s: %s', p_status, coalesce(p_user, 'somebody'), p_reason)
+     WHERE t.execution_id = p_execution AND t.task_id = p_task;
+    IF p_status = 'skipped' THEN
+        UPDATE pipeline.workflow_executions e SET careful = true WHERE e.execution_id = p_execution;
+    END IF;
+    RETURN QUERY SELECT found_, true, pipeline.release(p_execution, x.definition_id, p_task, p_grace);
+END $$;
+
+-- End an execution whose time is up, or whose tasks waited too long for a worker; true where it was.
+CREATE FUNCTION pipeline.expire_execution(p_execution text) RETURNS boolean LANGUAGE plpgsql AS $$
+DECLARE
+    reason text;
+BEGIN
+    PERFORM pg_advisory_xact_lock(pipeline.lock_key(p_execution));
+    SELECT CASE WHEN e.deadline_at <= pipeline.clock() THEN 'the execution ran longer than the timeout of its workflow'
+                ELSE format('task %s waited longer for a worker than the queue_timeout of its workflow', waiting.task_id)
+           END INTO reason
+      FROM pipeline.workflow_executions e
+      LEFT JOIN LATERAL (
+        SELECT t.task_id FROM pipeline.task_executions t
+         WHERE t.execution_id = e.execution_id AND t.status = 'pending' AND t.due_at IS NOT NULL AND NOT e.paused
+           AND t.ready_at <= pipeline.clock() - e.queue_timeout ORDER BY t.ready_at LIMIT 1) waiting ON true
+     WHERE e.execution_id = p_execution AND e.verdict IS NULL AND e.status IN ('pending', 'running', 'retry')
+       AND (e.deadline_at <= pipeline.clock() OR waiting.task_id IS NOT NULL);
     IF NOT FOUND THEN
         RETURN false;
     END IF;
-    PERFORM pipeline.decide(p_execution, 'failed', 'skipped', 'the execution ran longer than the timeout of its workflow');
+    PERFORM pipeline.decide(p_execution, 'failed', 'skipped', reason);
     PERFORM pg_notify('pipeline_stop', p_execution);
     RETURN true;
+END $$;
+
+-- Delete ended executions with all that belongs to them; the caller has dealt with their artifacts.
+CREATE FUNCTION pipeline.forget_executions(p_executions text[]) RETURNS int LANGUAGE plpgsql AS $$
+DECLARE
+    gone text[];
+BEGIN
+    WITH deleted AS (
+        DELETE FROM pipeline.workflow_executions e
+         WHERE e.execution_id = ANY (p_executions) AND e.status IN ('success', 'failed', 'cancelled')
+        RETURNING e.execution_id)
+    SELECT coalesce(array_agg(d.execution_id), '{}') INTO gone FROM deleted d;
+    DELETE FROM pipeline.task_executions t WHERE t.execution_id = ANY (gone);
+    DELETE FROM pipeline.task_attempts t WHERE t.execution_id = ANY (gone);
+    DELETE FROM pipeline.join_counters t WHERE t.execution_id = ANY (gone);
+    DELETE FROM pipeline.workflow_states t WHERE t.execution_id = ANY (gone);
+    DELETE FROM pipeline.workflow_events t WHERE t.execution_id = ANY (gone);
+    RETURN cardinality(gone);
 END $$;
 
 -- Every violated invariant; empty where all is well.
 CREATE FUNCTION pipeline.audit() RETURNS TABLE (violation text, execution_id text, subject text) LANGUAGE sql AS $$
     WITH task AS (
-        SELECT t.*, w.waits_for, w.dependencies, e.status AS execution_status, e.verdict
+        SELECT t.*, w.dependencies, e.status AS execution_status, e.verdict, e.paused, e.careful,
+               EXISTS (SELECT 1 FROM pipeline.task_executions o
+                        WHERE o.execution_id = t.execution_id AND o.task_id = ANY (w.waits_for)
+                          AND o.status IN ('pending', 'running', 'retry'))
+               OR e.definition_id IN (SELECT d.definition_id FROM pipeline.workflow_definitions d
+                                       WHERE d.definition ->> 'enable_parallel' = 'false') AND EXISTS (
+                   SELECT 1 FROM pipeline.task_executions o
+                     JOIN pipeline.workflow_tasks v ON v.definition_id = e.definition_id AND v.task_id = o.task_id
+                    WHERE o.execution_id = t.execution_id AND v.number < w.number
+                      AND o.status IN ('pending', 'running', 'retry')) AS blocked
           FROM pipeline.task_executions t
           JOIN pipeline.workflow_executions e USING (execution_id)
           JOIN pipeline.workflow_tasks w ON w.definition_id = e.definition_id AND w.task_id = t.task_id)
@@ -627,15 +795,26 @@ CREATE FUNCTION pipeline.audit() RETURNS TABLE (violation text, execution_id tex
        AND EXISTS (SELECT 1 FROM pipeline.task_executions d WHERE d.execution_id = t.execution_id
                     AND d.task_id = ANY (t.dependencies) AND d.status <> 'success')
     UNION ALL
-    SELECT 'ready although something it waits for is open', t.execution_id, t.task_id FROM task t
-     WHERE t.status IN ('pending', 'retry') AND t.due_at IS NOT NULL
-       AND EXISTS (SELECT 1 FROM pipeline.task_executions d WHERE d.execution_id = t.execution_id
-                    AND d.task_id = ANY (t.waits_for) AND d.status IN ('pending', 'running', 'retry'))
+    SELECT 'may start although something it waits for is open', t.execution_id, t.task_id FROM task t
+     WHERE (t.due_at IS NOT NULL OR t.status = 'running') AND t.blocked
     UNION ALL
     SELECT 'never released', t.execution_id, t.task_id FROM task t
-     WHERE t.status = 'pending' AND t.due_at IS NULL AND t.verdict IS NULL
-       AND NOT EXISTS (SELECT 1 FROM pipeline.task_executions d WHERE d.execution_id = t.execution_id
-                        AND d.task_id = ANY (t.waits_for) AND d.status IN ('pending', 'running', 'retry'))
+     WHERE t.status = 'pending' AND t.due_at IS NULL AND t.verdict IS NULL AND NOT t.blocked
+    UNION ALL
+    SELECT 'due although it ended', t.execution_id, t.task_id FROM task t
+     WHERE t.finished_at IS NOT NULL AND t.due_at IS NOT NULL
+    UNION ALL
+    SELECT 'parked in an execution that is not paused', t.execution_id, t.task_id FROM task t
+     WHERE t.due_at = 'infinity' AND NOT t.paused
+    UNION ALL
+    SELECT 'skipped, and completions do not look for it', t.execution_id, t.task_id FROM task t
+     WHERE t.status = 'skipped' AND t.verdict IS NULL AND NOT t.careful
+    UNION ALL
+    SELECT 'result of a task that did not succeed', t.execution_id, t.task_id FROM task t
+     WHERE t.status <> 'success' AND t.result IS NOT NULL
+    UNION ALL
+    SELECT 'to start in an execution that is decided', t.execution_id, t.task_id FROM task t
+     WHERE t.verdict IS NOT NULL AND t.status IN ('pending', 'retry')
     UNION ALL
     SELECT 'waits for a retry that never comes', t.execution_id, t.task_id FROM task t
      WHERE t.status = 'retry' AND t.due_at IS NULL

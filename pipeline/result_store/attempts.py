@@ -1,0 +1,72 @@
+"""RECORD: attempts of tasks, from claim to end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from pipeline.errors import ExecutionNotFound
+from pipeline.result_store import rows
+from pipeline.result_store.door import Count, Door, EndedRow, ended_of, fence_of, jsonb
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Result:
+    task_id: str
+    result: Any
+
+
+class Attempts(Door):
+    """What workers do with tasks."""
+
+    def claim(self, *, execution_id: str, task_id: str, epoch: int, worker_id: int) -> rows.Claim | None:
+        """Take a task for an incarnation; None: the message was stale, nothing is to be run."""
+        return self._one(
+            "claim_task", rows.Claim, execution_id=execution_id, task_id=task_id, epoch=epoch, worker_id=worker_id,
+            hard_limit=self.hard_limit * 3,
+        )  # fmt: skip
+
+    def state(self, execution_id: str) -> rows.State:
+        """What every task of an execution may read; it never changes."""
+        found = self._one("execution_state", rows.State, execution_id=execution_id)
+        if found is None:
+            raise ExecutionNotFound(execution_id)
+        return found
+
+    def results(self, execution_id: str, task_ids: Iterable[str]) -> dict[str, Any]:
+        """Results of tasks by id."""
+        found = self._all("results_of", _Result, execution_id=execution_id, task_ids=list(task_ids))
+        return {row.task_id: row.result for row in found}
+
+    def complete(self, fence: rows.Fence, result: Any) -> rows.Ended:
+        """Record a success."""
+        ended = ended_of(
+            self._all("complete_task", EndedRow, **fence_of(fence), result=jsonb(result), grace=self.grace)
+        )
+        return self.end(fence, "success", result=result) if ended.outcome == "again" else ended
+
+    def end(
+        self, fence: rows.Fence, outcome: str, *, result: Any = None, error_type: str | None = None,
+        error_message: str | None = None, error_traceback: str | None = None, delay: float = 0.0,
+    ) -> rows.Ended:  # fmt: skip
+        """Record any end of an attempt: success, failed, skipped, cancelled, retry (due after `delay` s) or lost."""
+        return ended_of(
+            self._all(
+                "end_task", EndedRow, **fence_of(fence), outcome=outcome, error_type=error_type,
+                result=jsonb(result) if outcome == "success" else None, error_message=error_message,
+                error_traceback=error_traceback, delay=timedelta(seconds=delay), loss_budget=self.loss_budget,
+                grace=self.grace,
+            )
+        )  # fmt: skip
+
+    def running_attempt(self, execution_id: str, task_id: str, epoch: int, worker: str) -> rows.Attempt | None:
+        """The fence of a running task, where it is still at this epoch and with the worker of this name."""
+        return self._one(
+            "running_attempt", rows.Attempt, execution_id=execution_id, task_id=task_id, epoch=epoch, worker=worker
+        )
+
+    def set_progress(self, fence: rows.Fence, percent: float, message: str) -> None:
+        """Show how far an attempt is."""
+        self._all("set_progress", Count, **fence_of(fence), percent=percent, message=message)

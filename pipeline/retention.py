@@ -1,0 +1,74 @@
+"""RECOVER, in the long run: executions that ended long ago are forgotten, with their artifacts, in small batches.
+
+Artifacts go first: a crash between the two leaves rows that the next look finds again, never files that nothing names.
+"""
+
+from __future__ import annotations
+
+import gzip
+import logging
+from dataclasses import dataclass
+
+import fsspec
+
+from pipeline.observe import read_execution, to_json
+from pipeline.result_store.store import ResultStore
+
+log = logging.getLogger(__name__)
+
+#: executions that are deleted in one transaction
+_BATCH = 50
+#: seconds after which the row of a worker that is gone is deleted
+_WORKERS = 7 * 86_400.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retention:
+    """Forgets what ended more than `keep` seconds ago.
+
+    `archive` is an fsspec URL that gets each execution as gzipped JSON first; None: nothing is kept.
+    """
+
+    store: ResultStore
+    artifacts_root: str
+    keep: float
+    archive: str | None = None
+
+    def run_once(self, limit: int = 1_000) -> int:
+        """Forget up to `limit` executions, the oldest first; returns how many.
+
+        Raises:
+            DatabaseUnavailable: the store cannot be reached.
+            OSError: an artifact cannot be deleted, or the archive cannot be written; its execution is kept.
+        """
+        self.store.forget_workers(_WORKERS)
+        forgotten = 0
+        while forgotten < limit and (batch := self.store.finished_before(self.keep, min(_BATCH, limit - forgotten))):
+            for execution_id in batch:
+                self._keep_copy(execution_id)
+                self._delete_artifacts(execution_id)
+            deleted = self.store.forget_executions(batch)
+            if deleted == 0:  # each of them was opened again meanwhile
+                break
+            forgotten += deleted
+        return forgotten
+
+    def _keep_copy(self, execution_id: str) -> None:
+        if self.archive is None:
+            return
+        execution = read_execution(self.store, execution_id).to_dict()
+        execution["attempts"] = {
+            name: [vars(attempt) for attempt in self.store.get_attempts(execution_id, name)] for name in execution["tasks"]
+        }
+        filesystem, folder = fsspec.core.url_to_fs(self.archive)
+        filesystem.makedirs(folder, exist_ok=True)
+        target = f"{folder.rstrip('/')}/{execution_id}.json.gz"
+        filesystem.pipe_file(target + ".writing", gzip.compress(to_json(execution).encode()))
+        filesystem.mv(target + ".writing", target)
+
+    def _delete_artifacts(self, execution_id: str) -> None:
+        filesystem, root = fsspec.core.url_to_fs(self.artifacts_root)
+        try:
+            filesystem.rm(f"{root.rstrip('/')}/{execution_id}", recursive=True)
+        except FileNotFoundError:
+            pass

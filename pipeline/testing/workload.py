@@ -1,0 +1,48 @@
+"""Workflows to break: random ones of 5 to 30 tasks, and a wide one for losses in the middle."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+from pipeline.definition import WorkflowDefinition
+
+_RETRIES = {"max_retries": 5, "backoff": "fixed", "max_delay": 0.2}
+
+
+def random_workflow(rng: random.Random, ledger: Path) -> WorkflowDefinition:
+    """A graph of any shape with effects, retries, skips at the rim, and small sleeps."""
+    count = rng.randint(5, 30)
+    tasks: list[dict[str, Any]] = []
+    for number in range(count):
+        before = rng.sample(range(number), min(number, rng.choice((0, 1, 1, 2, 2, 3, 5))))
+        handler, params = _job(rng, ledger, rim=number > count * 0.7)
+        tasks.append({
+            "id": f"t{number:02d}", "handler": handler, "params": params, "retry_policy": _RETRIES,
+            "dependencies": [f"t{n:02d}" for n in sorted(before)], "timeout": 20,
+        })  # fmt: skip
+    return WorkflowDefinition.model_validate({"id": f"crash-{rng.getrandbits(48):012x}", "version": "1", "tasks": tasks})
+
+
+def _job(rng: random.Random, ledger: Path, *, rim: bool) -> tuple[str, dict[str, Any]]:
+    die = rng.random()
+    if die < 0.55:
+        return "testing.effect", {"ledger": str(ledger), "seconds": round(rng.uniform(0, 0.03), 3)}
+    if die < 0.65:
+        return "testing.again", {}
+    if die < 0.72 and rim:
+        return "testing.skip", {}
+    return "testing.sleep", {"seconds": round(rng.uniform(0, 0.05), 3)}
+
+
+def wide_workflow(width: int, ledger: Path, *, seconds: float = 0.0) -> WorkflowDefinition:
+    """One entry, `width` effects after it, one join."""
+    effect = {"handler": "testing.effect", "params": {"ledger": str(ledger), "seconds": seconds}, "retry_policy": _RETRIES}
+    middle = [f"t{n:05d}" for n in range(width)]
+    tasks = [
+        {"id": "entry", **effect},
+        *({"id": name, "dependencies": ["entry"], **effect} for name in middle),
+        {"id": "join", "dependencies": middle, **effect},
+    ]
+    return WorkflowDefinition.model_validate({"id": f"crash-wide-{width}", "version": "1", "tasks": tasks})

@@ -1,0 +1,343 @@
+"""What is lost comes back: processes, messages, connections and publishers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import psutil
+import psycopg
+import pytest
+
+from pipeline.errors import ExecutionNotFound, IllegalTransition
+from pipeline.recovery import Recovered
+from pipeline.states import ExecutionStatus, TaskStatus
+from tests.conftest import NO_RETRY, Servers, Site, end, task, workflow
+
+SUCCESS, PENDING = TaskStatus.SUCCESS, TaskStatus.PENDING
+
+
+class Line:
+    """A line to a server that can be cut: what runs over it breaks, and nothing new gets through."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        assert parts.hostname
+        self._target = (parts.hostname, parts.port or 0)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener.settimeout(0.1)
+        address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        user, at, _ = parts.netloc.rpartition("@")
+        self.url = parts._replace(netloc=user + at + address).geturl()
+        self._open: list[socket.socket] = []
+        self._cut = self._closed = False
+        self._thread = threading.Thread(target=self._accept)
+        self._thread.start()
+
+    def cut(self) -> None:
+        """Break what is there."""
+        self._cut = True
+        for end_ in self._open:
+            with suppress(OSError):
+                end_.shutdown(socket.SHUT_RDWR)
+
+    def mend(self) -> None:
+        """Let connections through again."""
+        self._cut = False
+
+    def close(self) -> None:
+        """The end of it."""
+        self._closed = True
+        self._thread.join()
+        self.cut()
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while not self._closed:
+            try:
+                near, _ = self._listener.accept()
+            except TimeoutError:
+                continue
+            near.settimeout(None)
+            try:
+                if self._cut:
+                    raise ConnectionRefusedError
+                far = socket.create_connection(self._target)
+            except OSError:
+                near.close()
+                continue
+            self._open += [near, far]
+            for source, sink in ((near, far), (far, near)):
+                threading.Thread(target=self._carry, args=(source, sink), daemon=True).start()
+
+    @staticmethod
+    def _carry(source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+        for end_ in (source, sink):
+            with suppress(OSError):
+                end_.shutdown(socket.SHUT_RDWR)
+        source.close()
+
+
+@contextmanager
+def line(url: str) -> Iterator[Line]:
+    made = Line(url)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def take(site: Site, count: int) -> int:
+    """Take messages out of the queue as if they had been lost; returns how many there were."""
+    celery = site.engine.installation.celery
+    with celery.connection_for_read() as connection, connection.channel() as channel:
+        queue = celery.amqp.queues[site.settings.queue].bind(channel)
+        return sum(queue.get(no_ack=True) is not None for _ in range(count))
+
+
+def test_killed_process_of_the_pool_is_replaced_and_its_task_runs_again_at_no_cost_to_its_retries(prefork_site: Site) -> None:
+    done = prefork_site.run(workflow(task("t", "site.die", params={"attempts": 1}, retry_policy=NO_RETRY)))
+    found = done.tasks["t"]
+    assert (found.status, found.result, found.attempt, found.retries, found.losses) == (SUCCESS, 2, 2, 0, 1)
+    (lost,) = prefork_site.engine.get_attempts(done.execution_id, "t")
+    assert (lost.outcome, lost.error_type) == ("lost", "WorkerLost")
+
+
+def test_task_that_kills_its_process_again_and_again_fails_once_its_budget_is_spent(prefork_site: Site) -> None:
+    done = prefork_site.run(workflow(task("t", "site.die", params={"attempts": 99})))
+    found = done.tasks["t"]
+    assert (found.status, found.attempt, found.retries) == (TaskStatus.FAILED, 2, 0)
+    assert "lost its worker 2 times, more than the budget of 1 allows" in found.error_message
+    assert prefork_site.run(workflow(task("t"))).status is ExecutionStatus.SUCCESS
+
+
+def test_killed_worker_loses_its_task_to_another_after_its_lease(sites: Callable[..., Site], tmp_path: Path) -> None:
+    site = sites(lease=3.0)
+    path = tmp_path / "x"
+    with site.worker(concurrency=1, name="first") as first:
+        started = site.engine.execute_workflow(
+            workflow(task("t", "site.wait_for_file", params={"path": str(path)}, retry_policy=NO_RETRY))
+        )
+        site.until(Path(f"{path}.started").exists)
+        with site.worker(concurrency=1, name="second"):
+            os.killpg(first.pid, signal.SIGKILL)
+            first.wait()
+            site.until(lambda: (site.task(started, "t").worker or "").startswith("second@"))
+            path.touch()
+            found = site.engine.wait(started, 60).tasks["t"]
+    assert (found.status, found.retries) == (SUCCESS, 0)
+    assert found.losses >= 1
+    assert {a.outcome for a in site.engine.get_attempts(started, "t")} == {"lost"}
+    assert site.engine.installation.store.audit() == []
+
+
+def test_lost_messages_are_published_again_and_those_that_wait_are_not(sites: Callable[..., Site]) -> None:
+    site = sites(grace=1.0)
+    recovery, store = site.engine.installation.recovery, site.engine.installation.store
+    started = site.engine.execute_workflow(workflow(*(task(f"t{n}") for n in range(30))))
+    site.until(lambda: store.recovery_work().due)
+    site.until(lambda: len(due(site)) == 30)
+    assert recovery.run_once() == Recovered()
+    assert take(site, 7) == 7
+    assert recovery.run_once() == Recovered(published=7)
+    assert recovery.run_once() == Recovered()
+    assert site.engine.installation.dispatcher.waiting() == 30
+    assert take(site, 40) == 30
+    site.until(lambda: len(due(site)) >= 23)
+    with site.worker():
+        assert site.engine.wait(started, 60).status is ExecutionStatus.SUCCESS
+    assert {t.attempt for t in site.engine.get_execution(started).tasks.values()} == {1}
+
+
+def due(site: Site) -> list[object]:
+    """Tasks whose message is looked for."""
+    with site.engine.installation.store.link.connection.cursor() as cursor:
+        return cursor.execute("SELECT 1 FROM pipeline.task_executions WHERE due_at <= now()").fetchall()
+
+
+def test_backlog_behind_busy_workers_is_not_published_again(sites: Callable[..., Site], tmp_path: Path) -> None:
+    site = sites(grace=1.0, recovery_beside=False)
+    path = tmp_path / "x"
+    with site.worker(concurrency=1):
+        busy = site.engine.execute_workflow(workflow(task("t", "site.wait_for_file", params={"path": str(path)})))
+        site.until_running(busy, "t")
+        started = site.engine.execute_workflow(workflow(*(task(f"t{n}") for n in range(50))))
+        site.until(lambda: len(due(site)) == 50)
+        for _ in range(5):  # what the worker fetched and has not begun may go to another one
+            site.engine.installation.recovery.run_once()
+        assert site.engine.installation.dispatcher.waiting() <= 51
+        path.touch()
+        assert {t.attempt for t in site.engine.wait(started, 60).tasks.values()} == {1}
+
+
+def test_message_fetched_by_a_busy_worker_goes_to_an_idle_one(sites: Callable[..., Site], tmp_path: Path) -> None:
+    site = sites(grace=1.0)
+    path = tmp_path / "x"
+    with site.worker(concurrency=1, name="busy"):
+        busy = site.engine.execute_workflow(workflow(task("t", "site.wait_for_file", params={"path": str(path)})))
+        site.until_running(busy, "t")
+        started = site.engine.execute_workflow(workflow(*(task(f"t{n}") for n in range(5))))
+        site.until(lambda: site.engine.installation.dispatcher.waiting() < 5)
+        with site.worker(concurrency=1, name="idle"):
+            done = site.engine.wait(started, 60)
+            assert {str(t.worker).partition("@")[0] for t in done.tasks.values()} == {"idle"}
+            path.touch()
+            assert site.engine.wait(busy, 60).tasks["t"].attempt == 1
+
+
+def test_submission_while_the_broker_is_down_is_recorded_and_starts_once_it_is_back(
+    servers: Servers, sites: Callable[..., Site]
+) -> None:
+    with line(servers.broker_url) as broker:
+        site = sites(broker_url=broker.url, grace=1.0)
+        broker.cut()
+        started = site.engine.execute_workflow(workflow(task("a"), task("b", after=("a",))))
+        assert site.engine.get_execution(started).status is ExecutionStatus.PENDING
+        broker.mend()
+        with site.worker():
+            assert site.engine.wait(started, 60).status is ExecutionStatus.SUCCESS
+            # everybody's connection breaks, the engine's and the worker's
+            broker.cut()
+            second = site.engine.execute_workflow(workflow(task("a"), task("b", after=("a",))))
+            broker.mend()
+            third = site.engine.execute_workflow(workflow(task("a"), task("b", after=("a",))))
+            for execution_id in (second, third):
+                done = site.engine.wait(execution_id, 60)
+                assert done.status is ExecutionStatus.SUCCESS
+                assert {t.attempt for t in done.tasks.values()} == {1}
+
+
+def test_broker_lost_while_a_task_runs_loses_neither_it_nor_what_follows(
+    servers: Servers, sites: Callable[..., Site], tmp_path: Path
+) -> None:
+    path = tmp_path / "x"
+    with line(servers.broker_url) as broker:
+        site = sites(broker_url=broker.url, grace=1.0)
+        with site.worker(concurrency=1):
+            started = site.engine.execute_workflow(
+                workflow(task("t", "site.wait_for_file", params={"path": str(path)}), task("next", after=("t",)))
+            )
+            site.until_running(started, "t")
+            broker.cut()
+            path.touch()
+            site.until(lambda: site.task(started, "t").status is SUCCESS)
+            broker.mend()
+            done = site.engine.wait(started, 60)
+    assert [(t.status, t.attempt) for t in done.tasks.values()] == [(SUCCESS, 1), (SUCCESS, 1)]
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_database_lost_while_a_task_runs_loses_neither_it_nor_what_follows(
+    servers: Servers, sites: Callable[..., Site], tmp_path: Path, pool: str
+) -> None:
+    site = sites(grace=1.0, lease=60.0)
+    path = tmp_path / "x"
+    assert site.settings.database_url
+    with line(site.settings.database_url) as database, site.worker(
+        concurrency=1, pool=pool, env={"PIPELINE_DATABASE_URL": database.url}
+    ):
+        started = site.engine.execute_workflow(
+            workflow(task("t", "site.wait_for_file", params={"path": str(path)}), task("next", after=("t",)))
+        )
+        site.until_running(started, "t")
+        database.cut()
+        path.touch()
+        site.until(lambda: "trying again" in site.log("worker"))
+        assert site.task(started, "t").status is TaskStatus.RUNNING
+        database.mend()
+        done = site.engine.wait(started, 60)
+        assert [(t.status, t.attempt) for t in done.tasks.values()] == [(SUCCESS, 1), (SUCCESS, 1)]
+        # the attendant hears of cancellations again
+        path.unlink()
+        started = site.engine.execute_workflow(workflow(task("t", "site.wait_for_file", params={"path": str(path)})))
+        site.until_running(started, "t")
+        site.engine.cancel(started)
+        assert site.engine.wait(started, 60).status is ExecutionStatus.CANCELLED
+
+
+def test_submission_inside_a_transaction_exists_only_once_that_commits(prefork_site: Site) -> None:
+    definition = workflow(task("a"), task("b", after=("a",)))
+    with psycopg.connect(prefork_site.settings.database_url) as connection:
+        gone = prefork_site.engine.execute_workflow(definition, connection=connection)
+        connection.rollback()
+        kept = prefork_site.engine.execute_workflow(definition, connection=connection)
+        with pytest.raises(ExecutionNotFound):
+            prefork_site.engine.get_execution(kept)
+        connection.commit()
+    with pytest.raises(ExecutionNotFound):
+        prefork_site.engine.get_execution(gone)
+    assert prefork_site.engine.wait(kept, 60).status is ExecutionStatus.SUCCESS
+
+
+def test_paused_execution_finishes_what_runs_and_starts_nothing_until_it_is_resumed(busy_site: Site, tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    started = busy_site.engine.execute_workflow(
+        workflow(task("t", "site.wait_for_file", params={"path": str(path)}), task("next", after=("t",)))
+    )
+    busy_site.until_running(started, "t")
+    busy_site.engine.pause(started)
+    path.touch()
+    busy_site.until(lambda: busy_site.task(started, "t").status is SUCCESS)
+    busy_site.run(workflow(task("later")))  # its message came after that of `next`
+    found = busy_site.engine.get_execution(started)
+    assert (found.status, found.paused, found.tasks["next"].status) == (ExecutionStatus.RUNNING, True, PENDING)
+    assert found.tasks["next"].attempt == 0
+    busy_site.engine.resume(started)
+    assert busy_site.engine.wait(started, 60).status is ExecutionStatus.SUCCESS
+
+
+def test_retry_of_a_failed_execution_runs_what_did_not_succeed(busy_site: Site) -> None:
+    done = busy_site.run(
+        workflow(
+            task("good", "site.context"),
+            task("bad", "site.fail_until", ("good",), params={"attempt": 2}, retry_policy=NO_RETRY),
+            task("next", after=("bad",)),
+        )
+    )
+    assert done.status is ExecutionStatus.FAILED
+    with pytest.raises(IllegalTransition, match="resume is not possible"):
+        busy_site.engine.resume(done.execution_id)
+    busy_site.engine.retry(done.execution_id)
+    again = busy_site.engine.wait(done.execution_id, 60)
+    assert again.status is ExecutionStatus.SUCCESS
+    assert again.run == 2
+    assert again.tasks["good"] == done.tasks["good"]
+    assert [t.attempt for t in again.tasks.values()] == [1, 2, 1]
+    (before,) = busy_site.engine.get_attempts(done.execution_id, "bad")
+    assert (before.outcome, before.error_message) == ("failed", "attempt 1 is too early")
+    with pytest.raises(IllegalTransition, match="is success"):
+        busy_site.engine.retry(done.execution_id)
+
+
+def test_recovery_that_dies_beside_a_worker_is_started_again(sites: Callable[..., Site]) -> None:
+    site = sites(grace=1.0)
+    with site.worker(concurrency=1) as worker:
+        site.until(lambda: recoveries(worker.pid))
+        (process,) = recoveries(worker.pid)
+        process.kill()
+        site.until(lambda: recoveries(worker.pid) not in ([], [process]))
+        assert "recovery ended with code -9; starting it again" in site.log("worker")
+        with psycopg.connect(site.settings.database_url) as connection:
+            started = site.engine.execute_workflow(workflow(task("t")), connection=connection)
+        assert site.engine.wait(started, 60).status is ExecutionStatus.SUCCESS
+        (process,) = recoveries(worker.pid)
+        end(worker)
+        assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+def recoveries(pid: int) -> list[psutil.Process]:
+    found = []
+    for child in psutil.Process(pid).children():
+        with suppress(psutil.NoSuchProcess):
+            if "scheduler" in child.cmdline() and child.status() != psutil.STATUS_ZOMBIE:
+                found.append(child)
+    return found
