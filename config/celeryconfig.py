@@ -17,6 +17,8 @@ task_ignore_result = True
 task_store_errors_even_if_ignored = True
 # A message stuck in one worker behind a long task is published again by recovery; more would only delay that.
 worker_prefetch_multiplier = 1
+# Only tasks with late acks are cancelled, and there are none: this silences the warning at every reconnection.
+worker_cancel_long_running_tasks_on_connection_loss = True
 # Our own rows say when a task started.
 task_track_started = False
 result_extended = False

@@ -131,8 +131,9 @@ class Installation:
             self.celery.register_task(celery_task(handler, executor))
         self._backend.executor = executor
         equip(
-            self.celery, executor, database_url=self.database_url, recovery_beside=self.settings.recovery_beside
-        )
+            self.celery, executor, database_url=self.database_url, recovery_beside=self.settings.recovery_beside,
+            drain=self.settings.drain,
+        )  # fmt: skip
         return self.celery
 
     @cached_property

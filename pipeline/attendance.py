@@ -66,7 +66,7 @@ class Attendance:
         self._attendant = attendant
         self._thread = threading.get_ident()
         self._in_main_thread = threading.current_thread() is threading.main_thread()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal's handler may stop its own thread while that holds it
         self._open = self._sent = False
 
     def run(self, call: Callable[[], T]) -> T:
@@ -80,9 +80,8 @@ class Attendance:
         try:
             try:
                 with self._lock:
-                    self._open = self.reason is None
-                    self.deadline = time.monotonic() + self.timeout
-                if self._open:
+                    self._open, self.deadline = True, time.monotonic() + self.timeout
+                if self.reason is None:
                     self._attendant.look_by(self.deadline)
                     result = call()
             finally:
@@ -166,13 +165,13 @@ class Attendant:
     def _reset(self) -> None:
         self._pid = os.getpid()
         self._worker_id: int | None = None
-        self._attempts: set[Attendance] = set()
+        self._attempts: dict[tuple[str, str, int], Attendance] = {}
         #: executions that were told to stop a short while ago
         self._told: dict[str, None] = {}
         self._thread: threading.Thread | None = None
         self._listener: Listener | None = None
         self._next_beat = self._next_look = float("inf")
-        self._closing = False
+        self._closing = self._has_signals = False
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
         self._wake_out.setblocking(False)
@@ -192,8 +191,6 @@ class Attendant:
                 self._next_beat = time.monotonic() + self.lease / 3
                 self.look_by(self._next_beat)
             if self._thread is None:
-                with suppress(ValueError):  # not the main thread: attempts are stopped another way there
-                    signal.signal(_SIGNAL, self._on_signal)
                 self._thread = threading.Thread(target=self._run, name="pipeline-attendant", daemon=True)
                 # Inherits a mask without our signal, so that the kernel never wakes this thread for it.
                 previous = signal.pthread_sigmask(signal.SIG_BLOCK, {_SIGNAL})
@@ -202,17 +199,21 @@ class Attendant:
             return self._worker_id
 
     @contextmanager
-    def attending(self, fence: Fence, timeout: float) -> Iterator[Attendance]:
-        """Watch over an attempt until its end is recorded."""
-        attendance = Attendance(self, fence, timeout)
-        self._attempts.add(attendance)
+    def attending(self, fence: Fence, timeout: float) -> Iterator[Attendance | None]:
+        """Watch over an attempt until its end is recorded; None where another thread runs it already."""
+        attendance, key = Attendance(self, fence, timeout), (fence.execution_id, fence.task_id, fence.epoch)
+        if self._attempts.setdefault(key, attendance) is not attendance:
+            yield None
+            return
+        if not self._has_signals and threading.current_thread() is threading.main_thread():
+            self._take_signals()
         if fence.execution_id in self._told:  # perhaps between the claim and here
             self._next_beat = 0.0
             self.look_by(0.0)
         try:
             yield attendance
         finally:
-            self._attempts.discard(attendance)
+            self._attempts.pop(key, None)
 
     def look_by(self, moment: float) -> None:
         """See to it that the thread wakes at a moment of the monotonic clock, or at once where it is past."""
@@ -220,10 +221,25 @@ class Attendant:
             with suppress(BlockingIOError):
                 self._wake_in.send(b"\0")
 
-    def hand_back(self) -> None:
-        """Stop what runs here, so that it goes back for another worker."""
-        for attendance in list(self._attempts):
-            attendance.stop(HandedBack("the worker is shutting down"))
+    def hand_back(self) -> int:
+        """Stop what runs here, so that it goes back for another worker; returns how many attempts that are."""
+        attempts = list(self._attempts.values())
+        for attendance in attempts:
+            attendance.stop(HandedBack("its worker is shutting down"))
+        return len(attempts)
+
+    def _take_signals(self) -> None:
+        """At the first attempt and not before: billiard sets its own once a child has been initialised."""
+        self._has_signals = True
+        signal.signal(_SIGNAL, self._on_signal)
+        if self._killable():
+            before = signal.getsignal(signal.SIGTERM)
+
+            def on_term(number: int, frame: FrameType | None) -> None:
+                if self.hand_back() == 0 and callable(before):
+                    before(number, frame)
+
+            signal.signal(signal.SIGTERM, on_term)
 
     def close(self) -> None:
         """Give the incarnation back."""
@@ -237,7 +253,7 @@ class Attendant:
             self.store.end_worker(self._worker_id)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        for attendance in list(self._attempts):
+        for attendance in list(self._attempts.values()):
             attendance.raise_in_main_thread()
 
     def _run(self) -> None:
@@ -252,15 +268,15 @@ class Attendant:
             self._listener.close()
 
     def _look(self) -> None:
-        for attendance in list(self._attempts):
+        for attendance in list(self._attempts.values()):
             self._enforce(attendance, time.monotonic())
         if time.monotonic() >= self._next_beat:
             self._beat()
-        for attendance in list(self._attempts):
+        for attendance in list(self._attempts.values()):
             self._write_progress(attendance, time.monotonic())
         self._next_look = float("inf")  # whoever sets a moment while the next is found wakes us
         moments = [self._next_beat]
-        for a in list(self._attempts):
+        for a in list(self._attempts.values()):
             moments.append(a.deadline if a.reason is None else a.stopped_at + self.hard_limit)
             if a.progress is not a.written:
                 moments.append(a.written_at + _PROGRESS_EVERY)
@@ -271,6 +287,7 @@ class Attendant:
         try:
             if self._listener is None:
                 self._listener = self.store.listen("pipeline_stop")
+                self._next_beat = seconds = 0.0  # it looks for what was said while nobody listened
             heard = self._listener.wait(min(seconds, self.lease), self._wake_out.fileno())
         except DatabaseUnavailable:
             self._listener = None
@@ -281,7 +298,7 @@ class Attendant:
             self._told[execution_id] = None
             if len(self._told) > _TOLD:
                 del self._told[next(iter(self._told))]
-        if any(a.fence.execution_id in heard for a in list(self._attempts)):
+        if any(a.fence.execution_id in heard for a in list(self._attempts.values())):
             self._next_beat = 0.0
 
     def _beat(self) -> None:
@@ -293,12 +310,12 @@ class Attendant:
             self._reconcile(self._worker_id)
             return
         self._worker_id = None
-        for attendance in list(self._attempts):
+        for attendance in list(self._attempts.values()):
             attendance.stop(AttemptLost("this worker's lease is gone"))
 
     def _reconcile(self, worker_id: int) -> None:
         """Hold what the store says that this process runs against what it does run."""
-        mine = {(a.fence.execution_id, a.fence.task_id, a.fence.epoch): a for a in list(self._attempts)}
+        mine = dict(self._attempts)
         rows = {
             (row.execution_id, row.task_id, row.epoch): row
             for row in self.store.running_on(worker_id, age=self.lease / 3)

@@ -42,6 +42,8 @@ examples:
   pipeline status exec-0123456789ab --watch
   pipeline list --status failed
   pipeline retry exec-0123456789ab                   what succeeded is kept
+  pipeline rerun exec-0123456789ab clean --params '{"min": 5}'
+  pipeline mark exec-0123456789ab load skipped --reason "loaded by hand" --user ana
   celery -A pipeline worker                          Celery's own commands work too
 
 exit codes: 0 done, 1 the execution failed or was cancelled, 2 invalid definition or usage, 3 not found,
@@ -124,6 +126,22 @@ def parser() -> argparse.ArgumentParser:
         steer = verb(name, commands.steer, text)
         steer.add_argument("execution", metavar="EXECUTION")
         steer.add_argument("--user", metavar="U", help="recorded as the one who did it")
+
+    rerun = verb("rerun", commands.rerun, "run an ended execution again from a task, with everything downstream of it")
+    rerun.add_argument("execution", metavar="EXECUTION")
+    rerun.add_argument("task", metavar="TASK")
+    rerun.add_argument("--params", metavar="JSON|@FILE", help="used instead of the definition's for this task")
+    rerun.add_argument("--user", metavar="U", help="recorded as the one who did it")
+
+    mark = verb("mark", commands.mark, "decide a task by hand; a failed execution goes on from there")
+    mark.add_argument("execution", metavar="EXECUTION")
+    mark.add_argument("task", metavar="TASK")
+    mark.add_argument("status", choices=("success", "skipped"))
+    mark.add_argument("--reason", required=True, help="recorded, for those who wonder later")
+    mark.add_argument("--result", default="null", metavar="JSON", help="recorded as the task's result")
+    mark.add_argument("--user", metavar="U", help="recorded as the one who did it")
+
+    verb("gc", commands.collect_garbage, "forget executions that ended more than PIPELINE_RETENTION_DAYS ago")
     return top
 
 

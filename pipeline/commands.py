@@ -21,7 +21,7 @@ from pipeline.display import execution_table, execution_view, headline, task_tab
 from pipeline.document import Document, Limits, parse_document, read_document
 from pipeline.drawing import draw
 from pipeline.engine import WorkflowEngine
-from pipeline.errors import DefinitionError, InputError, Problem
+from pipeline.errors import DefinitionError, InputError, Problem, SettingsError
 from pipeline.handler import collect
 from pipeline.local import Workers, flower_port_is_free, somebody_works
 from pipeline.observe import Execution, summary_dict, to_json
@@ -109,6 +109,8 @@ def scheduler(arguments: Namespace) -> bool:
             threading.Thread(target=_set_at_eof, args=(stop,), daemon=True).start()
         else:  # beside a worker, which has looked, the database may be away for a while
             require_current(installation.database_url)
+        if installation.retention is not None:
+            threading.Thread(target=installation.retention.run, args=(stop,), daemon=True).start()
         installation.recovery.run(stop, installation.settings.sweep)
     return True
 
@@ -250,6 +252,43 @@ def steer(arguments: Namespace) -> bool:
     return True
 
 
+def rerun(arguments: Namespace) -> bool:
+    """Run an ended execution again from a task."""
+    with _engine() as engine:
+        params = None
+        if arguments.params is not None:
+            params = _input(arguments.params, engine.installation.limits, "--params")
+        engine.rerun(arguments.execution, arguments.task, params=params, user_id=arguments.user)
+        print(headline(engine.get_execution(arguments.execution)))
+    return True
+
+
+def mark(arguments: Namespace) -> bool:
+    """Decide a task by hand."""
+    with _engine() as engine:
+        result = _json(arguments.result, engine.installation.limits, "--result", "write JSON, as '{\"rows\": 7}'")
+        engine.mark(
+            arguments.execution, arguments.task, arguments.status, reason=arguments.reason, result=result,
+            user_id=arguments.user,
+        )  # fmt: skip
+        print(headline(engine.get_execution(arguments.execution)))
+    return True
+
+
+def collect_garbage(arguments: Namespace) -> bool:
+    """Forget old executions now."""
+    with Installation.open() as installation:
+        require_current(installation.database_url)
+        retention = installation.retention
+        if retention is None:
+            raise SettingsError("executions are kept for ever: PIPELINE_RETENTION_DAYS says for how long else")
+        forgotten = 0
+        while done := retention.run_once():
+            forgotten += done
+        print(f"{forgotten} executions forgotten")
+    return True
+
+
 def _engine() -> WorkflowEngine:
     return WorkflowEngine()
 
@@ -276,9 +315,9 @@ def _workflow(name: str, limits: Limits) -> Document | str:
     return read_document(path, limits) if path.suffix in (".yaml", ".yml", ".json") or path.is_file() else name
 
 
-def _input(text: str, limits: Limits) -> dict[str, Any]:
-    """The input, given as JSON or as @FILE."""
-    source, content = "--input", text.encode()
+def _input(text: str, limits: Limits, source: str = "--input") -> dict[str, Any]:
+    """A JSON object, given as text or as @FILE."""
+    content = text.encode()
     if text.startswith("@"):
         source = text[1:]
         try:
@@ -287,15 +326,18 @@ def _input(text: str, limits: Limits) -> dict[str, Any]:
         except OSError as exc:
             problem = Problem(path="", what=f"cannot be read: {exc.strerror or exc}", source=source)
             raise InputError((problem,)) from exc
-    how = """write a JSON object, as --input '{"day": "monday"}'"""
-    try:
-        data = parse_document(content, source, "json", limits).data
-    except DefinitionError as exc:
-        problems = (replace(p, how=p.how or how) for p in exc.problems)
-        raise InputError(tuple(problems)) from None
+    how = f"""write a JSON object, as {source if source.startswith("--") else "--input"} '{{"day": "monday"}}'"""
+    data = _json(content, limits, source, how)
     if not isinstance(data, dict):
         raise InputError((Problem(path="", what="not a JSON object", how=how, source=source),))
     return data
+
+
+def _json(text: str | bytes, limits: Limits, source: str, how: str) -> Any:
+    try:
+        return parse_document(text, source, "json", limits).data
+    except DefinitionError as exc:
+        raise InputError(tuple(replace(p, how=p.how or how) for p in exc.problems)) from None
 
 
 def _limits(settings: Settings) -> Limits:

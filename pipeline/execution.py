@@ -188,6 +188,8 @@ class Executor:
             declared = declared.model_copy(update={"params": claim.params})
         timeout = min(declared.timeout, task.handler.timeout or declared.timeout)
         with self.attendant.attending(fence, timeout) as attendance:
+            if attendance is None:  # a doubled message repeats the claim of another thread
+                raise Ignore
             attempt = Attempt(
                 fence=fence, definition=definition, task=declared, state=self._state(execution_id),
                 number=claim.attempt, retries=claim.retries, attendance=attendance,

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import gzip
 import logging
+import threading
+from contextlib import suppress
 from dataclasses import dataclass
 
 import fsspec
 
+from pipeline.errors import DatabaseUnavailable
 from pipeline.observe import read_execution, to_json
 from pipeline.result_store.store import ResultStore
 
@@ -33,6 +36,15 @@ class Retention:
     artifacts_root: str
     keep: float
     archive: str | None = None
+
+    def run(self, stop: threading.Event, every: float = 3_600.0) -> None:
+        """Look every `every` seconds until `stop` is set."""
+        while not stop.wait(every):
+            try:
+                if forgotten := self.run_once():
+                    log.info("%d executions forgotten", forgotten)
+            except (DatabaseUnavailable, OSError) as exc:
+                log.warning("old executions are kept for now: %s", exc)
 
     def run_once(self, limit: int = 1_000) -> int:
         """Forget up to `limit` executions, the oldest first; returns how many.
@@ -68,7 +80,5 @@ class Retention:
 
     def _delete_artifacts(self, execution_id: str) -> None:
         filesystem, root = fsspec.core.url_to_fs(self.artifacts_root)
-        try:
+        with suppress(FileNotFoundError):
             filesystem.rm(f"{root.rstrip('/')}/{execution_id}", recursive=True)
-        except FileNotFoundError:
-            pass

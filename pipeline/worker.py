@@ -6,10 +6,16 @@ It refuses to start on a database of another schema, runs recovery beside itself
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
+from billiard import pool as billiard_pool
 from celery import Celery, bootsteps
 from celery.concurrency import prefork
 from celery.signals import (
@@ -20,7 +26,9 @@ from celery.signals import (
     worker_process_shutdown,
     worker_ready,
     worker_shutdown,
+    worker_shutting_down,
 )
+from celery.worker import consumer
 
 from pipeline.errors import DatabaseUnavailable, PipelineError
 from pipeline.execution import Executor
@@ -32,7 +40,25 @@ log = logging.getLogger(__name__)
 _WATCH_EVERY = 5.0
 
 
-def equip(celery: Celery, executor: Executor, *, database_url: str, recovery_beside: bool) -> None:
+class Consumer(consumer.Consumer):  # type: ignore[misc]
+    """Drops a message that cannot be one of Celery's: taken for a broken connection, it would come again for ever."""
+
+    def create_task_handler(self, *args: Any, **options: Any) -> Callable[[Any], Any]:
+        """What is called with each message."""
+        handle = super().create_task_handler(*args, **options)
+
+        def guarded(message: Any) -> Any:
+            try:
+                return handle(message)
+            except Exception as exc:
+                log.warning("a message of the wrong form was dropped: %s: %s", type(exc).__name__, exc)
+                if not message.acknowledged:
+                    message.reject_log_error(log, self.connection_errors)
+
+        return guarded
+
+
+def equip(celery: Celery, executor: Executor, *, database_url: str, recovery_beside: bool, drain: float) -> None:
     """Give workers of this app their bootsteps and signals."""
 
     class SchemaGate(bootsteps.StartStopStep):  # type: ignore[misc]
@@ -45,7 +71,32 @@ def equip(celery: Celery, executor: Executor, *, database_url: str, recovery_bes
             except PipelineError as exc:
                 sys.exit(f"worker not started: {exc}")
 
+    class Drain(bootsteps.StartStopStep):  # type: ignore[misc]
+        """After SIGTERM, running tasks go on for a while; then, or at a second one, they go back for another worker."""
+
+        requires = ("celery.worker.components:Pool",)
+
+        def __init__(self, worker: Any, **options: Any) -> None:
+            super().__init__(worker, **options)
+            self._worker = worker
+            worker_shutting_down.connect(self._begin, weak=False)
+
+        def _begin(self, how: str, **_: Any) -> None:
+            if how == "Warm":
+                signal.signal(signal.SIGTERM, lambda number, frame: self._hand_back())
+                timer = threading.Timer(drain, self._hand_back)
+                timer.daemon = True
+                timer.start()
+
+        def _hand_back(self) -> None:
+            executor.attendant.hand_back()  # what this process runs; a prefork pool's processes run the rest
+            for pid in (self._worker.pool.info.get("processes") or []) if self._worker.pool else []:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGTERM)
+
+    celery.conf.worker_consumer = Consumer
     celery.steps["worker"].add(SchemaGate)
+    celery.steps["worker"].add(Drain)
     if recovery_beside:
         celery.steps["worker"].add(RecoveryBeside)
 
@@ -55,6 +106,10 @@ def equip(celery: Celery, executor: Executor, *, database_url: str, recovery_bes
     def redact(logger: logging.Logger, **_: Any) -> None:
         for handler in logger.handlers:
             handler.addFilter(executor.redactor)
+
+    # A child that ends waits until its parent has read its last answer, and a parent that ends may never read it. What
+    # an answer says is in the store; the default is half a minute.
+    billiard_pool.GUARANTEE_MESSAGE_CONSUMPTION_RETRY_LIMIT = 20  # tenths of a second
 
     def enter(**_: Any) -> None:
         try:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -18,6 +20,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psycopg
 import pytest
@@ -143,11 +146,13 @@ class Site:
             **{f"PIPELINE_CONNECTION_{name}": value for name, value in s.connections.items()},
         }
 
-    def spawn(self, *arguments: str, name: str, env: Mapping[str, str] = {}) -> subprocess.Popen[bytes]:  # noqa: B006
-        """Start `pipeline ...` with its output in a log."""
+    def spawn(
+        self, *arguments: str, name: str, env: Mapping[str, str] = {}, module: str = "pipeline"
+    ) -> subprocess.Popen[bytes]:
+        """Start `pipeline ...` (or another module's command) with its output in a log."""
         with (self.log_folder / f"{name}.log").open("ab") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "pipeline", *arguments], env={**self.env, **env}, stdout=log, stderr=log,
+                [sys.executable, "-m", module, *arguments], env={**self.env, **env}, stdout=log, stderr=log,
                 stdin=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
 
@@ -171,7 +176,7 @@ class Site:
 
     @contextmanager
     def worker(
-        self, *, pool: str = "prefork", concurrency: int = 2, name: str = "worker", env: Mapping[str, str] = {},  # noqa: B006
+        self, *, pool: str = "prefork", concurrency: int = 2, name: str = "worker", env: Mapping[str, str] = {},
     ) -> Iterator[subprocess.Popen[bytes]]:  # fmt: skip
         """A worker that can run tasks; ended afterwards, its log printed where the test failed."""
         before = self.engine.installation.store.newest_worker()
@@ -283,6 +288,83 @@ def _audited(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     for made in used:
         assert made.engine.installation.store.audit() == []
+
+
+class Line:
+    """A line to a server that can be cut: what runs over it breaks, and nothing new gets through."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        assert parts.hostname
+        self._target = (parts.hostname, parts.port or 0)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener.settimeout(0.1)
+        address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        user, at, _ = parts.netloc.rpartition("@")
+        self.url = parts._replace(netloc=user + at + address).geturl()
+        #: how often the near side spoke after the far side
+        self.turns = 0
+        self._far_spoke = True
+        self._open: list[socket.socket] = []
+        self._cut = self._closed = False
+        self._thread = threading.Thread(target=self._accept)
+        self._thread.start()
+
+    def cut(self) -> None:
+        """Break what is there."""
+        self._cut = True
+        for end_ in self._open:
+            with suppress(OSError):
+                end_.shutdown(socket.SHUT_RDWR)
+
+    def mend(self) -> None:
+        """Let connections through again."""
+        self._cut = False
+
+    def close(self) -> None:
+        """The end of it."""
+        self._closed = True
+        self._thread.join()
+        self.cut()
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while not self._closed:
+            try:
+                near, _ = self._listener.accept()
+            except TimeoutError:
+                continue
+            near.settimeout(None)
+            try:
+                if self._cut:
+                    raise ConnectionRefusedError
+                far = socket.create_connection(self._target)
+            except OSError:
+                near.close()
+                continue
+            self._open += [near, far]
+            for source, sink in ((near, far), (far, near)):
+                threading.Thread(target=self._carry, args=(source, sink, source is far), daemon=True).start()
+
+    def _carry(self, source: socket.socket, sink: socket.socket, far: bool) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                self.turns += self._far_spoke and not far
+                self._far_spoke = far
+                sink.sendall(data)
+        for end_ in (source, sink):
+            with suppress(OSError):
+                end_.shutdown(socket.SHUT_RDWR)
+        source.close()
+
+
+@contextmanager
+def line(url: str) -> Iterator[Line]:
+    made = Line(url)
+    try:
+        yield made
+    finally:
+        made.close()
 
 
 def task(id: str, handler: str = "debug.noop", after: tuple[str, ...] = (), **more: Any) -> dict[str, Any]:  # noqa: A002

@@ -149,7 +149,7 @@ def stubborn(seconds: float) -> str:
     while time.monotonic() < end:
         try:
             time.sleep(0.05)
-        except BaseException:  # noqa: BLE001, S112 - what this handler is for
+        except BaseException:
             continue
     return "done"
 
@@ -163,7 +163,7 @@ def deaf(path: str) -> str:
                 time.sleep(0.02)
             Path(path).unlink()
             return "done all the same"
-        except BaseException:  # noqa: BLE001, S112 - what this handler is for
+        except BaseException:
             continue
 
 
@@ -236,7 +236,7 @@ def raise_something(what: str) -> None:
     }[what]
 
 
-class Unspeakable(Exception):  # noqa: N818
+class Unspeakable(Exception):
     """Cannot be shown, and not be pickled."""
 
     def __init__(self, first: str) -> None:

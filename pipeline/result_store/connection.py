@@ -71,8 +71,10 @@ def connect(url: str, name: str) -> psycopg.Connection[Any]:
                 url, autocommit=True, application_name=name, connect_timeout=5, options=_OPTIONS,
                 keepalives_idle=10, keepalives_interval=5, keepalives_count=3, tcp_user_timeout=20_000,
             )  # fmt: skip
-    except psycopg.ProgrammingError as exc:
-        raise DatabaseUnavailable(f"PIPELINE_DATABASE_URL cannot be read: {exc}") from exc
+    except psycopg.ProgrammingError:  # its message may hold the password
+        raise DatabaseUnavailable(
+            "PIPELINE_DATABASE_URL cannot be read: write postgresql://user:password@host:port/database"
+        ) from None
 
 
 class Database:
@@ -95,7 +97,8 @@ class Database:
             return held[1]
         fresh = connect(self.url, self.name)
         self._local.held = (os.getpid(), fresh)
-        self._open = [(pid, c) for pid, c in self._open if pid == os.getpid() and not c.closed]
+        # A parent's connections are kept after a fork, so that no destructor of ours touches them.
+        self._open = [(pid, c) for pid, c in self._open if pid != os.getpid() or not c.closed]
         self._open.append(self._local.held)
         return fresh
 
@@ -114,7 +117,7 @@ class Database:
                 cause = exc.__cause__
                 if isinstance(cause, (psycopg.errors.SerializationFailure, psycopg.errors.DeadlockDetected)):
                     conflicts += 1
-                    if conflicts > _TRIES_ON_CONFLICT:
+                    if self._in_transaction or conflicts > _TRIES_ON_CONFLICT:
                         raise
                     time.sleep(random.uniform(0, 0.01 * 2**conflicts))  # noqa: S311 - spreads rivals, guards nothing
                     continue
@@ -150,7 +153,6 @@ class Database:
         for pid, connection in self._open:
             if pid == os.getpid():
                 connection.close()
-        self._open = []
 
 
 class Borrowed:

@@ -27,7 +27,7 @@ class Executions(Door):
             variables=jsonb(variables), timeout=_seconds(timeout), queue_timeout=_seconds(queue_timeout),
             grace=self.grace,
         )  # fmt: skip
-        assert created is not None  # noqa: S101 - the function always returns a row
+        assert created is not None  # the function always returns a row
         return created
 
     def ready_tasks(self, execution_id: str) -> tuple[rows.ReadyTask, ...]:

@@ -30,7 +30,7 @@ class Fleet(Door):
     def start_worker(self, *, name: str, pid: int, lease: float) -> int:
         """A new incarnation; returns its id."""
         found = self._one("start_worker", _Worker, name=name, pid=pid, lease=timedelta(seconds=lease))
-        assert found is not None  # noqa: S101 - an INSERT returns its row
+        assert found is not None  # an INSERT returns its row
         return found.worker_id
 
     def renew_worker(self, worker_id: int, lease: float) -> bool:
@@ -62,7 +62,7 @@ class Fleet(Door):
     def recovery_work(self) -> rows.Work:
         """Which kinds of recovery have something to do."""
         found = self._one("recovery_work", rows.Work)
-        assert found is not None  # noqa: S101 - a SELECT of EXISTS returns one row
+        assert found is not None  # a SELECT of EXISTS returns one row
         return found
 
     def lost_attempts(self, limit: int) -> list[rows.Attempt]:

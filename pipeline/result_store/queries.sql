@@ -1,10 +1,6 @@
 -- Every statement of the engine that is not a migration.
 -- `-- name --` opens a statement, the comment below says what it is for; parameters are named, as psycopg has them.
 
--- now --
--- The database's clock: the only clock that decides.
-SELECT pipeline.clock() AS now
-
 -- insert_definition --
 -- Record a definition; no row where its id and version are there already.
 INSERT INTO pipeline.workflow_definitions (workflow_id, version, digest, definition)

@@ -5,7 +5,7 @@
 --
 -- due_at is the whole hint protocol. NULL: dependencies open, or claimed, or over. A time: the task may be claimed;
 -- when the time passes, recovery publishes its message (again). Submitting and completing set it a grace ahead and
--- publish themselves; a retry sets it to the end of its delay. Infinity: parked, the execution was paused when it passed.
+-- publish themselves; a retry sets it to the end of its delay. Infinity: parked, as the execution was paused then.
 --
 -- A claim raises the epoch and writes the worker's incarnation: (epoch, worker_id) is the fence, what does not hold it
 -- changes nothing. An attempt that ended otherwise than the task did is kept in task_attempts.
@@ -686,8 +686,8 @@ DECLARE
     found_ text;
 BEGIN
     PERFORM pg_advisory_xact_lock(pipeline.lock_key(p_execution));
-    SELECT e.status, e.verdict, e.definition_id, d.definition ->> 'enable_parallel' IS NOT DISTINCT FROM 'false' AS sequential
-      INTO x
+    SELECT e.status, e.verdict, e.definition_id,
+           d.definition ->> 'enable_parallel' IS NOT DISTINCT FROM 'false' AS sequential INTO x
       FROM pipeline.workflow_executions e JOIN pipeline.workflow_definitions d USING (definition_id)
      WHERE e.execution_id = p_execution;
     SELECT t.status INTO found_ FROM pipeline.task_executions t

@@ -44,7 +44,7 @@ def _campaign(options: argparse.Namespace) -> int:
         read_document(options.file) if options.file else None, input_data=json.loads(options.input),
         handlers=read_settings().handlers, workers=options.workers, may_fail=options.may_fail,
         together=len(plan) or options.together, in_flight=options.in_flight,
-        database_url=options.database_url, broker_url=options.broker_url,
+        database_url=options.database_url, broker_url=options.broker_url, settings={"lease": options.lease},
     )  # fmt: skip
     report = kit.run(
         plan or (options.kinds.split(",") if options.kinds else None), seed=options.seed, minutes=options.minutes,
@@ -94,6 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--together", type=int, default=3, metavar="N", help="faults in a round (default 3)")
     parser.add_argument("--in-flight", type=int, default=8, metavar="N", help="executions in a round (default 8)")
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="worker processes (default 2)")
+    parser.add_argument("--lease", type=float, default=3.0, metavar="S", help="seconds without a sign of life after which"
+                        " a worker is taken for lost; longer than a handler holds Python's lock (default 3)")  # fmt: skip
     parser.add_argument("--may-fail", action="store_true", help="the workflow may fail; it must end")
     parser.add_argument("--plan", type=Path, metavar="FILE", help="the faults of one round, as a report printed them")
     parser.add_argument("--scenario", action="append", choices=list(SCENARIOS), help="only this; may be given again")

@@ -6,6 +6,7 @@ import secrets
 import shutil
 import tempfile
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
@@ -83,11 +84,16 @@ class Arena:
             "database_url": _through(self._database_url, self.database),
             "broker_url": _through(self._broker_url, self.broker),
         }
-        return self.settings.child_environment({
+        named = {
+            f"PIPELINE_{prefix}_{name}": value
+            for prefix, found in (("CONNECTION", self.settings.connections), ("SECRET", self.settings.secrets))
+            for name, value in found.items()
+        }
+        return self.settings.child_environment(named | {
             f"PIPELINE_{name.upper()}": ",".join(value) if isinstance(value, tuple) else str(value)
             for name, value in values.items()
-            if value is not None and not isinstance(value, dict)
-        })
+            if value is not None and not isinstance(value, Mapping)
+        })  # fmt: skip
 
     def connect(self) -> Connection:
         """A connection of the kit's own, past the proxy."""

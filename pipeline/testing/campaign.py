@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +28,7 @@ class Round:
     #: from 1
     number: int
     injected: tuple[Fault, ...]
-    #: planned for an occurrence that did not come
+    #: planned for an occurrence that did not come, or a victim that was dead
     missed: tuple[Fault, ...]
     executions: int
     runs: int
@@ -71,17 +70,21 @@ class Campaign:
         waiting = sorted((f for f in faults if f.transition is None), key=lambda f: f.after)
         undo: list[tuple[float, Callable[[], None]]] = []
         injected: list[Fault] = []
+        missed: list[Fault] = []
         disturbed = finished = 0.0
         while True:
             now = time.monotonic() - began
             while waiting and waiting[0].after <= now:
                 fault = waiting.pop(0)
-                with suppress(ProcessLookupError):  # its victim is dead already
+                try:
                     back = self.outside.do(fault)
-                    injected.append(fault)
-                    disturbed = time.monotonic() - began
-                    if back is not None:
-                        undo.append((disturbed + back[0], back[1]))
+                except ProcessLookupError:  # its victim is dead already
+                    missed.append(fault)
+                    continue
+                injected.append(fault)
+                disturbed = time.monotonic() - began
+                if back is not None:
+                    undo.append((disturbed + back[0], back[1]))
             for name in [name for name in inside if (self.arena.home / f"{name}.fired").exists()]:
                 injected.append(inside.pop(name))
                 disturbed = now
@@ -99,7 +102,7 @@ class Campaign:
                 finished = time.monotonic() - began
             if (open_ == 0 and not waiting and not undo) or now > self.patience:
                 break
-            time.sleep(0.03)
+            time.sleep(0.05)
         for _, back_to_normal in undo:
             back_to_normal()
         write_plan(plan, (), self._number)
@@ -108,7 +111,7 @@ class Campaign:
         self._before = len(injected)
         starts = sum(entry.kind == "start" for entry in self.ledger.entries(offset))
         return Round(
-            number=self._number, injected=tuple(injected), missed=(*inside.values(), *waiting), executions=len(ids), runs=starts,
+            number=self._number, injected=tuple(injected), missed=(*inside.values(), *waiting, *missed), executions=len(ids), runs=starts,
             violations=tuple(found), recovery=max(0.0, finished - disturbed),
         )  # fmt: skip
 

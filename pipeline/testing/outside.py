@@ -34,7 +34,11 @@ class Outside:
         self.short = 1.0
 
     def do(self, fault: Fault) -> Undo | None:
-        """Do it; returns what undoes it. Raises where it cannot be done."""
+        """Do it; returns what undoes it.
+
+        Raises:
+            ProcessLookupError: the victim is dead already.
+        """
         worker = self.fleet.workers[fault.target % len(self.fleet.workers)]
         subject, _, verb = fault.kind.rpartition("-")
         match subject:
@@ -75,16 +79,14 @@ class Outside:
     def _signal(self, worker: Worker, subject: str, target: int, number: signal.Signals) -> Undo | None:
         pid = worker.process.pid
         if subject == "session":
-            with suppress(ProcessLookupError):
-                os.killpg(pid, number)
+            os.killpg(pid, number)
             return None if number == signal.SIGKILL else (self.long, lambda: go_on(pid, all_of_it=True))
         if subject != "main":
             found = worker.children if subject == "child" else [p for p in (worker.recovery,) if p]
             if not found:
                 raise ProcessLookupError(f"{worker.name} has no {subject}")
             pid = found[target // 8 % len(found)].pid
-        with suppress(ProcessLookupError):
-            os.kill(pid, number)
+        os.kill(pid, number)
         return None if number == signal.SIGKILL else (self.long, lambda: go_on(pid))
 
     def _line(self, proxy: Proxy, mode: str, seconds: float) -> Undo:

@@ -21,7 +21,8 @@ TESTS = Path(__file__).parents[1]
 MODULE = ("-m", "pipeline")
 #: imports the command once and forks for each call, which takes a tenth of the time of a fresh interpreter
 FORKS = """
-import json, os, sys, pipeline.cli
+import json, os, sys, pipeline.app, pipeline.cli
+pipeline.app.import_modules(pipeline.app.Settings().handler_modules)
 for line in sys.stdin:
     order = json.loads(line)
     if (child := os.fork()) == 0:
@@ -160,6 +161,16 @@ class Home(Cli):
             except psutil.Error:
                 continue
         return found
+
+    def until_ready(self, up: subprocess.Popen[str]) -> list[str]:
+        """The lines before `ready`."""
+        lines: list[str] = []
+        assert up.stdout is not None and up.stderr is not None
+        for line in up.stdout:
+            if line == "ready\n":
+                return lines
+            lines.append(line)
+        pytest.fail(f"never ready: {lines} {up.stderr.read()}")
 
     def is_quiet(self) -> bool:
         """Whether nothing runs; processes that were told to end may take a moment to be gone."""

@@ -104,6 +104,14 @@ def test_wrong_input_exits_2_and_records_nothing(main: Any, site: Any, tmp_path:
     assert rows(site.settings.database_url) == before
 
 
+@pytest.mark.parametrize("text", ["NaN", "{", "[1, 1e999]", "[" * 5000])
+def test_wrong_result_of_a_mark_exits_2(main: Any, text: str) -> None:
+    code, err = main("mark", "exec-000000000000", "a", "success", "--reason", "by hand", "--result", text)
+    assert code == 2
+    assert err.startswith("--result:1: ")
+    assert len(err.splitlines()) == 1
+
+
 # names
 
 

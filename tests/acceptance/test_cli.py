@@ -127,7 +127,7 @@ def test_wrong_usage_exits_2_with_the_usage(arguments: list[str], capsys: pytest
     assert told.err.startswith("usage: pipeline")
 
 
-# executions, on every pair of servers
+# executions: the first two on every pair of servers
 
 
 def test_run_json_is_one_document_and_status_repeats_it(worked: Any) -> None:
@@ -173,6 +173,7 @@ def test_run_that_fails_exits_1_and_status_shows_attempts_and_error(worked: Any)
     assert re.search(r"fails@1 +failed +2/2 .*boom", line)
 
 
+@ONE_PAIR
 def test_submitted_execution_is_steered_from_pause_to_retry(worked: Any, tmp_path: Path, eventually: Any) -> None:
     go = tmp_path / "go"
     file = worked.write("waits.yaml", waiting(go))
@@ -202,6 +203,7 @@ def test_submitted_execution_is_steered_from_pause_to_retry(worked: Any, tmp_pat
     assert refused.code == 2 and "is success: retry is not possible" in refused.err
 
 
+@ONE_PAIR
 def test_registered_workflow_runs_by_id_and_version_with_input_from_a_file(worked: Any) -> None:
     old = {**EMPTY, "id": "registered", "version": "1"}
     new = {**GOOD, "id": "registered"}

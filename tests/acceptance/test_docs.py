@@ -27,7 +27,7 @@ from pipeline.validation import validate
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 SETTINGS = DOCS / "settings.md"
 HANDLERS = collect(import_modules(Settings().handler_modules))
-SECTIONS = dict(re.findall(r"^## ([a-z]+\.[a-z]+)\n(.*?)(?=^## |\Z)", (DOCS / "handlers.md").read_text("utf-8"), re.S | re.M))
+SECTIONS = dict(re.findall(r"^## ([a-z]+\.[a-z]+)\n(.*?)(?=^## |\Z)", (DOCS / "handlers.md").read_text("utf-8"), re.DOTALL | re.MULTILINE))
 #: settings that are read from many variables
 NAMED = {"connections": "PIPELINE_CONNECTION_NAME", "secrets": "PIPELINE_SECRET_NAME"}
 
@@ -139,5 +139,5 @@ def test_limits_and_roots_of_the_definition_page_are_those_of_the_code() -> None
 
 
 if __name__ == "__main__":
-    written = re.sub(r"^\| variable .*?(?=^[^|]|\Z)", lambda _: settings_table() + "\n", SETTINGS.read_text("utf-8"), flags=re.S | re.M)
+    written = re.sub(r"^\| variable .*?(?=^[^|]|\Z)", lambda _: settings_table() + "\n", SETTINGS.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
     SETTINGS.write_text(written, "utf-8")

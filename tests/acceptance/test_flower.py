@@ -7,9 +7,14 @@ import http.client
 import json
 import signal
 import socket
+from pathlib import Path
 from typing import Any
 
 import psutil
+
+from config.settings import Settings
+from pipeline.app import Installation
+from pipeline.local import flower_port_is_free
 
 EMPTY = {"id": "empty", "tasks": [{"id": "a", "handler": "debug.noop"}, {"id": "b", "handler": "debug.noop", "dependencies": ["a"]}]}  # fmt: skip
 AUTH = {"Authorization": "Basic " + base64.b64encode(b"ana:open sesame").decode()}
@@ -46,7 +51,7 @@ def test_up_starts_flower_on_loopback_behind_its_password_and_it_shows_our_tasks
     port = free_port()
     settings = {"PIPELINE_FLOWER_PORT": str(port), "PIPELINE_FLOWER_BASIC_AUTH": "ana:open sesame"}
     with home.start("up", **settings) as up:
-        assert any(line == f"flower   http://127.0.0.1:{port}\n" for line in iter(up.stdout.readline, "ready\n"))
+        assert f"flower   http://127.0.0.1:{port}\n" in home.until_ready(up)
         assert eventually(lambda: get(port, "/api/workers", AUTH)[0] == 200)
         assert get(port, "/api/tasks")[0] == 401
         assert get(port, "/")[0] == 401
@@ -72,24 +77,31 @@ def test_up_starts_flower_on_loopback_behind_its_password_and_it_shows_our_tasks
         assert page[0] == 200 and name in page[1]
         ping = home("-A", "pipeline", "inspect", "ping", program=("-m", "celery"))
         assert ping.code == 0 and "pong" in ping.out and "worker-1-" in ping.out
-        second = home("up", **settings, PIPELINE_HANDLERS="nomodule")
-        assert f"port {port} is taken" in second.err
         up.send_signal(signal.SIGTERM)
         up.communicate(timeout=60)
         assert up.returncode == 0
 
 
+def test_port_of_flower_that_is_taken_or_zero_is_not_free(tmp_path: Path) -> None:
+    def free(port: int) -> bool:
+        return flower_port_is_free(Installation(Settings(home=tmp_path, flower_port=port), None, "", ""))
+
+    assert not free(0)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert not free(taken.getsockname()[1])
+    assert free(free_port())
+
+
 def test_flower_alone_and_celery_worker_work_on_the_installation(cli: Any, site: Any, eventually: Any) -> None:
-    port, other = free_port(), free_port()
+    port = free_port()
     celery = ("-m", "celery")
     with (
         cli.start("flower", PIPELINE_FLOWER_PORT=str(port)) as flower,
-        cli.start("-A", "pipeline", "flower", "--address=127.0.0.1", f"--port={other}", program=celery),
         cli.start("-A", "pipeline", "worker", "--pool", "solo", program=celery) as worker,
     ):
         execution = site.engine.execute_workflow(EMPTY, {})
         assert site.engine.wait(execution, 60).status == "success"
-        assert eventually(lambda: get(port, "/workers")[0] == get(other, "/workers")[0] == 200)
+        assert eventually(lambda: get(port, "/workers")[0] == 200)
         assert listening(flower, port) == {"127.0.0.1"}
         assert "pong" in cli("-A", "pipeline", "inspect", "ping", program=celery).out
         for process in (worker, flower):

@@ -9,19 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import pytest
 
 EMPTY = {"id": "empty", "tasks": [{"id": "a", "handler": "debug.noop"}]}
-
-
-def until_ready(up: Any) -> list[str]:
-    """The lines before `ready`."""
-    lines = []
-    for line in up.stdout:
-        if line == "ready\n":
-            return lines
-        lines.append(line)
-    pytest.fail(f"never ready: {lines} {up.stderr.read()}")
 
 
 def ended(process: Any, number: signal.Signals) -> tuple[int, str, str]:
@@ -41,36 +30,22 @@ def workers(home: Any) -> list[psutil.Process]:
 def test_up_runs_workflows_replaces_a_killed_worker_and_ends_all_of_it_by_sigterm(home: Any, eventually: Any) -> None:
     file = home.write("empty.yaml", EMPTY)
     with home.start("up", "--workers", "2", "--concurrency", "1") as up:
-        told = "".join(until_ready(up))
+        told = "".join(home.until_ready(up))
         assert "postgres postgresql://postgres@127.0.0.1:" in told and "broker   redis://127.0.0.1:" in told
         first = home("run", file, "--json")
         assert first.code == 0 and "starting one" not in first.err
         before = workers(home)
         assert len(before) == 2
-        for process in before:
-            process.send_signal(signal.SIGKILL)
-        assert eventually(lambda: len({p.pid for p in workers(home)} - {p.pid for p in before}) == 2)
+        before[0].send_signal(signal.SIGKILL)
+        assert eventually(lambda: len({p.pid for p in workers(home)} - {p.pid for p in before}) == 1)
         assert home("run", file, "--json").code == 0
         code, out, err = ended(up, signal.SIGTERM)
         assert (code, out) == (0, "")
-        assert err.count("was killed by SIGKILL; starting it again") == 2
+        assert err.count("was killed by SIGKILL; starting it again") == 1
     assert home.is_quiet(), home.processes()
     lock = os.open(home.home / "services.lock", os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nobody holds the servers
     os.close(lock)
-
-
-def test_up_again_on_the_same_home_keeps_data_and_ends_by_sigint(home: Any) -> None:
-    file = home.write("empty.yaml", EMPTY)
-    execution = home.json("run", file)["execution_id"]
-    assert home.is_quiet(), home.processes()
-    for _ in range(2):
-        with home.start("up") as up:
-            until_ready(up)
-            assert home.json("status", execution)["status"] == "success"
-            code, _, err = ended(up, signal.SIGINT)
-            assert (code, err) == (0, "")
-        assert home.is_quiet(), home.processes()
 
 
 def test_up_ended_while_it_starts_leaves_nothing(home: Any, eventually: Any) -> None:
@@ -82,15 +57,19 @@ def test_up_ended_while_it_starts_leaves_nothing(home: Any, eventually: Any) -> 
     assert home.is_quiet(), home.processes()
 
 
-def test_run_with_nothing_running_starts_a_worker_and_ends_all_of_it(home: Any) -> None:
+def test_run_with_nothing_running_starts_a_worker_and_ends_all_of_it_and_data_stays(home: Any) -> None:
     done = home("run", home.write("empty.yaml", EMPTY), program=("-m", "pipeline"))
     assert done.code == 0
     assert "no worker is running: starting one" in done.err
     assert "empty@1 success" in done.out
     assert home.is_quiet(), home.processes()
+    execution = done.err.split()[0]
+    for _ in range(2):
+        assert [row["execution_id"] for row in home.json("list")] == [execution]
+        assert home.is_quiet(), home.processes()
 
 
-def test_run_interrupted_says_that_the_execution_goes_on_and_the_next_worker_ends_it(
+def test_run_interrupted_says_that_the_execution_goes_on_and_up_on_the_same_home_ends_it(
     home: Any, tmp_path: Path, eventually: Any
 ) -> None:
     go = tmp_path / "go"
@@ -115,9 +94,10 @@ def test_run_interrupted_says_that_the_execution_goes_on_and_the_next_worker_end
     assert home.is_quiet(), home.processes()
     assert home.json("status", execution)["tasks"]["a"]["status"] == "success"
     with home.start("up") as up:
-        until_ready(up)
+        home.until_ready(up)
         assert home("status", execution, "--watch").code == 0
-        assert ended(up, signal.SIGTERM)[0] == 0
+        code, _, err = ended(up, signal.SIGINT)
+        assert (code, err) == (0, "")
 
 
 def test_up_without_the_right_to_its_folder_says_so(home: Any) -> None:

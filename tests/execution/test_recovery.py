@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import psutil
 import psycopg
@@ -18,82 +15,9 @@ import pytest
 from pipeline.errors import ExecutionNotFound, IllegalTransition
 from pipeline.recovery import Recovered
 from pipeline.states import ExecutionStatus, TaskStatus
-from tests.conftest import NO_RETRY, Servers, Site, end, task, workflow
+from tests.conftest import NO_RETRY, Servers, Site, end, line, task, workflow
 
 SUCCESS, PENDING = TaskStatus.SUCCESS, TaskStatus.PENDING
-
-
-class Line:
-    """A line to a server that can be cut: what runs over it breaks, and nothing new gets through."""
-
-    def __init__(self, url: str) -> None:
-        parts = urlsplit(url)
-        assert parts.hostname
-        self._target = (parts.hostname, parts.port or 0)
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self._listener.settimeout(0.1)
-        address = f"127.0.0.1:{self._listener.getsockname()[1]}"
-        user, at, _ = parts.netloc.rpartition("@")
-        self.url = parts._replace(netloc=user + at + address).geturl()
-        self._open: list[socket.socket] = []
-        self._cut = self._closed = False
-        self._thread = threading.Thread(target=self._accept)
-        self._thread.start()
-
-    def cut(self) -> None:
-        """Break what is there."""
-        self._cut = True
-        for end_ in self._open:
-            with suppress(OSError):
-                end_.shutdown(socket.SHUT_RDWR)
-
-    def mend(self) -> None:
-        """Let connections through again."""
-        self._cut = False
-
-    def close(self) -> None:
-        """The end of it."""
-        self._closed = True
-        self._thread.join()
-        self.cut()
-        self._listener.close()
-
-    def _accept(self) -> None:
-        while not self._closed:
-            try:
-                near, _ = self._listener.accept()
-            except TimeoutError:
-                continue
-            near.settimeout(None)
-            try:
-                if self._cut:
-                    raise ConnectionRefusedError
-                far = socket.create_connection(self._target)
-            except OSError:
-                near.close()
-                continue
-            self._open += [near, far]
-            for source, sink in ((near, far), (far, near)):
-                threading.Thread(target=self._carry, args=(source, sink), daemon=True).start()
-
-    @staticmethod
-    def _carry(source: socket.socket, sink: socket.socket) -> None:
-        with suppress(OSError):
-            while data := source.recv(65536):
-                sink.sendall(data)
-        for end_ in (source, sink):
-            with suppress(OSError):
-                end_.shutdown(socket.SHUT_RDWR)
-        source.close()
-
-
-@contextmanager
-def line(url: str) -> Iterator[Line]:
-    made = Line(url)
-    try:
-        yield made
-    finally:
-        made.close()
 
 
 def take(site: Site, count: int) -> int:

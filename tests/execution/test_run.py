@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ def test_handler_that_changes_its_input_changes_nobody_elses(busy_site: Site) ->
         ),
         {"given": {"list": []}, "rest": {"list": []}},
     )
-    assert done.results == dict.fromkeys(names, [0, 0, 0, 0])
+    assert done.results == {name: [0, 0, 0, 0] for name in names}
 
 
 def test_context_tells_the_attempt(busy_site: Site) -> None:
@@ -156,7 +157,7 @@ def test_execution_without_parallelism_runs_one_task_after_another(busy_site: Si
     done = busy_site.run(workflow(*(task(n) for n in names), enable_parallel=False))
     ordered = sorted(done.tasks.values(), key=lambda t: t.started_at)
     assert [t.task_id for t in ordered] == names
-    assert all(one.finished_at <= other.started_at for one, other in zip(ordered, ordered[1:], strict=False))
+    assert all(one.finished_at <= other.started_at for one, other in pairwise(ordered))
 
 
 def test_skip_skips_what_depends_on_it_with_the_reason_and_the_rest_runs(busy_site: Site) -> None:

@@ -11,8 +11,23 @@ from tests.store.conftest import Driver, released
 
 DIAMOND = {"a": "", "b": "a", "c": "a", "d": "b c"}
 #: two joins that share part of their headers, one nested in another's header, a fan-out, and three sinks
-KNOT = {"a": "", "b": "", "c": "", "ab": "a b", "bc": "b c", "abc": "ab bc", "fan": "ab", "end1": "abc a", "end2": "fan", "end3": "bc"}
-LAYERS = {f"{layer}.{n}": " ".join(f"{layer - 1}.{m}" for m in range(4)) if layer else "" for layer in range(4) for n in range(4)}
+KNOT = {
+    "a": "",
+    "b": "",
+    "c": "",
+    "ab": "a b",
+    "bc": "b c",
+    "abc": "ab bc",
+    "fan": "ab",
+    "end1": "abc a",
+    "end2": "fan",
+    "end3": "bc",
+}
+LAYERS = {
+    f"{layer}.{n}": " ".join(f"{layer - 1}.{m}" for m in range(4)) if layer else ""
+    for layer in range(4)
+    for n in range(4)
+}
 
 
 def waits(graph: dict[str, str]) -> dict[str, set[str]]:
@@ -134,7 +149,14 @@ def test_sequential_retry_ends_where_only_successes_lie_behind(drive: Driver) ->
 def test_skip_cascades_to_all_that_need_it_and_to_nothing_else(drive: Driver) -> None:
     execution = drive.start({"a": "", "b": "", "x": "a", "y": "x b", "z": "y", "own": "b"})
     assert drive.end(execution, "a", "skipped", "nothing new") == []
-    assert drive.tasks(execution) == {"a": "skipped", "b": "pending", "x": "skipped", "y": "pending", "z": "pending", "own": "pending"}
+    assert drive.tasks(execution) == {
+        "a": "skipped",
+        "b": "pending",
+        "x": "skipped",
+        "y": "pending",
+        "z": "pending",
+        "own": "pending",
+    }
     assert drive.complete(execution, "b") == ["own"]
     assert drive.tasks(execution) == {
         "a": "skipped", "b": "success", "x": "skipped", "y": "skipped", "z": "skipped", "own": "pending",
@@ -254,7 +276,9 @@ def test_lost_beyond_the_budget_fails_the_task(drive: Driver) -> None:
         assert (task.status, task.losses, task.retries) == ("pending", losses, 0)
     drive.end(execution, "a", "lost", "no heartbeat")
     assert drive.tasks(execution) == {"a": "failed"}
-    assert drive.message(execution, "a") == "lost its worker 3 times, more than the budget of 2 allows; last: no heartbeat"
+    assert (
+        drive.message(execution, "a") == "lost its worker 3 times, more than the budget of 2 allows; last: no heartbeat"
+    )
     assert [a.outcome for a in drive.store.get_attempts(execution, "a")] == ["lost", "lost"]
 
 
@@ -341,40 +365,6 @@ def test_retry_of_the_execution_resets_budgets_and_fences_out_old_attempts(drive
     assert task.epoch > old.epoch
     assert drive.store.complete(old, 1).outcome == "stale"
     assert [a.outcome for a in drive.store.get_attempts(execution, "a")] == ["retry", "lost", "failed"]
-
-
-# Repeats: the answer was lost, the caller asks again
-
-
-def test_repeat_of_complete_gives_the_same_ready_tasks_and_counts_once(drive: Driver) -> None:
-    execution = drive.start(KNOT)
-    for task in ("a", "c"):
-        drive.complete(execution, task)
-    fence = drive.must_claim(execution, "b")
-    first = drive.store.complete(fence, 1)
-    before = drive.counters(execution)
-    assert drive.store.complete(fence, 1) == first
-    assert released(first) == ["ab", "bc"]
-    assert drive.counters(execution) == before
-
-
-def test_repeat_of_complete_does_not_name_what_was_claimed_since(drive: Driver) -> None:
-    execution = drive.start({"a": "", "b": "a", "c": "a"})
-    fence = drive.must_claim(execution, "a")
-    drive.store.complete(fence, 1)
-    drive.claim(execution, "b")
-    assert released(drive.store.complete(fence, 1)) == ["c"]
-
-
-@pytest.mark.parametrize("outcome", ["failed", "skipped", "cancelled", "retry"])
-def test_repeat_of_an_end_is_done_and_another_end_is_stale(drive: Driver, outcome: str) -> None:
-    execution = drive.start({"a": "", "o": ""})
-    fence = drive.must_claim(execution, "a")
-    drive.store.end(fence, outcome, error_message="once")
-    assert drive.store.end(fence, outcome, error_message="twice").outcome == "done"
-    assert drive.store.complete(fence, 1).outcome == "stale"
-    assert drive.message(execution, "a") == "once"
-    assert drive.tasks(execution)["a"] == outcome
 
 
 def test_order_of_ready_tasks_is_topological(drive: Driver) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import replace
 from enum import Enum
 from typing import Any
 
@@ -49,7 +47,7 @@ retry           -          -          -          -          -          pending  
 rerun           -          -          -          -          pending    pending    pending    pending
 mark success    .          success    success    success    .          .          .          .
 mark skipped    .          skipped    skipped    skipped    .          .          .          .
-reopen and mark .          success    success    success    .          success    .          success
+reopen and mark -          success    success    success    -          success    -          success
 """
 
 # `paused` is a pending execution that is paused, `decided` a running one that has failed but for a task that still runs.
@@ -73,7 +71,9 @@ def cells(table: str) -> list[tuple[str, str, str]]:
     """Operation, state and what is expected."""
     header, *lines = table.strip().splitlines()
     rows = [(line[:16].strip(), line[16:].split()) for line in lines]
-    return [(operation, state, cell) for operation, row in rows for state, cell in zip(header.split(), row, strict=True)]
+    return [
+        (operation, state, cell) for operation, row in rows for state, cell in zip(header.split(), row, strict=True)
+    ]
 
 
 def named(table: str) -> list[Any]:
@@ -89,7 +89,9 @@ class Subject:
     def __init__(self, drive: Driver, state: str) -> None:
         drive.set_clock(0)
         self.drive = drive
-        self.execution = drive.start({"o": "", "z": "", "a": "z" if state == "waiting" else "", "next": "a"}, timeout=100)
+        self.execution = drive.start(
+            {"o": "", "z": "", "a": "z" if state == "waiting" else "", "next": "a"}, timeout=100
+        )
         self.other = drive.must_claim(self.execution, "o")
         if state != "waiting":
             drive.complete(self.execution, "z")
@@ -122,7 +124,7 @@ def operate_on_task(operation: str, subject: Subject) -> str:
         case ["end", outcome]:
             return store.end(fence, outcome, result={"n": 1}, error_message="why").outcome
         case ["mark", status]:
-            return "done" if mark(drive, execution, "a", status) else "stale"
+            return "done" if drive.mark(execution, "a", status) else "stale"
         case ["other", "fails"]:
             store.end(subject.other, "failed")
         case ["expire"]:
@@ -145,34 +147,21 @@ def operate(operation: str, drive: Driver, execution: str) -> None:
         case "rerun":
             drive.store.reopen_execution(execution, "ana", task_id="a")
         case "reopen and mark":
-            mark(drive, execution, "a", "success")
+            drive.mark(execution, "a", "success")
         case "cancel" | "pause" | "resume":
             getattr(drive.store, f"{operation}_execution")(execution, "ana")
         case _:
             raise AssertionError(operation)
 
 
-def mark(drive: Driver, execution: str, task: str, status: str) -> bool:
-    return drive.store.mark_task(execution, task, TaskStatus(status), result=None, user_id="ana", reason="why").changed
-
-
-def picture(drive: Driver, execution: str) -> list[tuple[Any, ...]]:
-    """Every row of an execution, whole."""
-    return [
-        row
-        for table in ("workflow_executions", "task_executions", "join_counters", "task_attempts", "workflow_events")
-        for row in drive.sql(f"SELECT x::text FROM pipeline.{table} x WHERE execution_id = %s ORDER BY 1", execution)
-    ]
-
-
 @pytest.mark.parametrize(("operation", "state", "expected"), named(TASK_TABLE))
 def test_task(drive: Driver, operation: str, state: str, expected: str) -> None:
     subject = Subject(drive, state)
-    before, status = picture(drive, subject.execution), subject.status
+    before, status = drive.picture(subject.execution), subject.status
     assert status == state.replace("waiting", "pending")
     answer = operate_on_task(operation, subject)
     if expected in (".", "="):
-        assert picture(drive, subject.execution) == before
+        assert drive.picture(subject.execution) == before
         assert answer in ("done" if expected == "=" else "stale", "")
     else:
         assert subject.status == (status if expected == "-" else expected)
@@ -196,14 +185,20 @@ def test_look(drive: Driver, operation: str, state: str, expected: str) -> None:
     match operation:
         case "take due":
             drive.set_clock(60)
-            found: Any = [t for t in store.take_due(1000, first_only=False) if (t.execution_id, t.task_id) == (execution, "a")]
+            found: Any = [
+                t for t in store.take_due(1000, first_only=False) if (t.execution_id, t.task_id) == (execution, "a")
+            ]
         case "running attempt":
             found = store.running_attempt(execution, "a", fence.epoch, "driver")
         case "progress":
             store.set_progress(fence, 42, "half way")
             found = [t for t in store.get_tasks(execution) if t.task_id == "a" and t.progress == 42]
         case "lost attempts":
-            drive.sql("UPDATE pipeline.task_executions SET worker_id = %s WHERE execution_id = %s", drive.new_worker(10), execution)
+            drive.sql(
+                "UPDATE pipeline.task_executions SET worker_id = %s WHERE execution_id = %s",
+                drive.new_worker(10),
+                execution,
+            )
             drive.set_clock(10)
             found = [a for a in store.lost_attempts(1000) if (a.execution_id, a.task_id) == (execution, "a")]
         case _:
@@ -259,8 +254,8 @@ def operate_on_execution(operation: str, drive: Driver, execution: str) -> None:
             for fence in others:
                 drive.store.complete(fence, 1)
         case "mark all":
-            mark(drive, execution, "a", "skipped")
-            mark(drive, execution, "b", "success")
+            drive.mark(execution, "a", "skipped")
+            drive.mark(execution, "b", "success")
         case "expire":
             drive.set_clock(100)
             drive.store.expire_executions(1000)
@@ -278,14 +273,16 @@ def claim_all(drive: Driver, execution: str) -> list[Fence]:
 @pytest.mark.parametrize(("operation", "state", "expected"), named(EXECUTION_TABLE))
 def test_execution(drive: Driver, operation: str, state: str, expected: str) -> None:
     execution = make_execution(drive, state)
-    before = picture(drive, execution)
+    before = drive.picture(execution)
     operate_on_execution(operation, drive, execution)
     assert label(drive, execution) == (state if expected == "." else expected)
     if expected == ".":
-        assert picture(drive, execution) == before
+        assert drive.picture(execution) == before
 
 
-@pytest.mark.parametrize("state", ["pending", "running", "paused", "decided", "retry", "success", "failed", "cancelled"])
+@pytest.mark.parametrize(
+    "state", ["pending", "running", "paused", "decided", "retry", "success", "failed", "cancelled"]
+)
 @pytest.mark.parametrize("operation", ["cancel", "pause", "resume", "reopen"])
 def test_steering_returns_the_status_that_it_found(drive: Driver, operation: str, state: str) -> None:
     execution = make_execution(drive, state)
@@ -307,222 +304,29 @@ def test_steering_is_recorded_once_for_each_that_did_something(drive: Driver) ->
     assert kinds == [(kind, "ana") for kind in ("pause", "resume", "cancel", "retry", "cancel")]
 
 
-# Fences and forgeries
-
-
-@pytest.fixture
-def ready(drive: Driver) -> Iterator[str]:
-    yield drive.start({"a": "", "b": "a"})
-
-
-@pytest.mark.parametrize("epoch", [-1, 1, 2, 2**31 - 2])
-def test_claim_at_a_wrong_epoch_is_refused(drive: Driver, ready: str, epoch: int) -> None:
-    before = picture(drive, ready)
-    assert drive.store.claim(execution_id=ready, task_id="a", epoch=epoch, worker_id=drive.worker) is None
-    assert picture(drive, ready) == before
-
-
-@pytest.mark.parametrize("where", [("exec-none", "a"), (None, "none"), ("", "")])
-def test_claim_of_what_does_not_exist_is_refused(drive: Driver, ready: str, where: tuple[str | None, str]) -> None:
-    execution, task = where
-    assert drive.store.claim(execution_id=execution or ready, task_id=task, epoch=0, worker_id=drive.worker) is None
-
-
-def test_claim_by_an_unknown_worker_is_refused(drive: Driver, ready: str) -> None:
-    assert drive.claim(ready, "a", worker=2**40) is None
-
-
-def test_claim_by_a_worker_whose_lease_ran_out_is_refused_until_it_is_renewed(drive: Driver, ready: str) -> None:
-    late = drive.new_worker(lease=0)
-    assert drive.claim(ready, "a", worker=late) is None
-    assert drive.store.renew_worker(late, 3600)
-    assert drive.claim(ready, "a", worker=late) is not None
-
-
-def test_claim_by_a_worker_that_gave_its_lease_back_is_refused(drive: Driver, ready: str) -> None:
-    gone = drive.new_worker()
-    drive.store.end_worker(gone)
-    assert drive.claim(ready, "a", worker=gone) is None
-
-
-def test_claim_of_a_running_task_by_another_worker_is_refused(drive: Driver, ready: str) -> None:
-    fence = drive.must_claim(ready, "a")
-    rival = drive.new_worker()
-    for epoch in (fence.epoch - 1, fence.epoch):
-        assert drive.store.claim(execution_id=ready, task_id="a", epoch=epoch, worker_id=rival) is None
-
-
-def test_claim_hard_limit_and_timeout_make_the_deadline(drive: Driver) -> None:
-    drive.set_clock(0)
-    execution = drive.start({"a": ""})
-    drive.must_claim(execution, "a")
-    drive.set_clock(300 + drive.store.hard_limit.total_seconds() * 3 - 1)
-    assert execution not in {a.execution_id for a in drive.store.overdue_attempts(1000)}
-    drive.set_clock(300 + drive.store.hard_limit.total_seconds() * 3)
-    assert execution in {a.execution_id for a in drive.store.overdue_attempts(1000)}
-
-
-WRONG: dict[str, Callable[[Fence, Driver], Fence]] = {
-    "older epoch": lambda fence, drive: replace(fence, epoch=fence.epoch - 1),
-    "newer epoch": lambda fence, drive: replace(fence, epoch=fence.epoch + 1),
-    "another worker": lambda fence, drive: replace(fence, worker_id=drive.new_worker()),
-    "unknown worker": lambda fence, drive: replace(fence, worker_id=2**40),
-    "unknown task": lambda fence, drive: replace(fence, task_id="none"),
-    "another task": lambda fence, drive: replace(fence, task_id="b"),
-    "unknown execution": lambda fence, drive: replace(fence, execution_id="exec-none"),
-}
-
-
-@pytest.mark.parametrize("wrong", WRONG)
-@pytest.mark.parametrize("outcome", ["complete", "success", "failed", "skipped", "cancelled", "retry", "lost", "released"])
-def test_end_with_a_wrong_fence_is_stale_and_changes_nothing(drive: Driver, ready: str, outcome: str, wrong: str) -> None:
-    fence = WRONG[wrong](drive.must_claim(ready, "a"), drive)
-    before = picture(drive, ready)
-    ended = drive.store.complete(fence, 1) if outcome == "complete" else drive.store.end(fence, outcome)
-    assert (ended.outcome, ended.ready) == ("stale", ())
-    drive.store.set_progress(fence, 99, "forged")
-    assert picture(drive, ready) == before
-
-
-def test_complete_by_a_worker_whose_lease_ran_out_counts_while_nobody_took_the_task(drive: Driver, ready: str) -> None:
-    drive.set_clock(0)
-    worker = drive.new_worker(lease=10)
-    fence = drive.claim(ready, "a", worker=worker)
-    assert fence is not None
-    drive.set_clock(1000)
-    assert drive.store.complete(fence, 1).outcome == "done"
-
-
-def test_complete_by_a_worker_that_was_declared_lost_is_stale(drive: Driver, ready: str) -> None:
-    zombie = drive.must_claim(ready, "a")
-    drive.store.end(zombie, "lost", error_message="no heartbeat")
-    assert drive.store.complete(zombie, 1).outcome == "stale"
-    second = drive.must_claim(ready, "a")
-    assert drive.store.complete(zombie, 1).outcome == "stale"
-    assert drive.store.complete(second, 2).outcome == "done"
-    assert drive.store.results(ready, ["a"]) == {"a": 2}
-
-
-def test_end_released_costs_no_budget(drive: Driver, ready: str) -> None:
-    for _ in range(5):
-        drive.end(ready, "a", "released")
-    task = drive.store.get_tasks(ready)[0]
-    assert (task.status, task.attempt, task.losses, task.retries) == ("pending", 5, 0, 0)
-
-
-def test_running_attempt_is_found_by_its_epoch_and_its_workers_name_only(drive: Driver, ready: str) -> None:
-    fence = drive.must_claim(ready, "a")
-    found = drive.store.running_attempt(ready, "a", fence.epoch, "driver")
-    assert found is not None
-    assert (found.epoch, found.worker_id) == (fence.epoch, fence.worker_id)
-    assert drive.store.running_attempt(ready, "a", fence.epoch - 1, "driver") is None
-    assert drive.store.running_attempt(ready, "a", fence.epoch, "another") is None
-    assert drive.store.running_attempt(ready, "b", fence.epoch, "driver") is None
-
-
-def test_end_with_an_outcome_that_is_none_is_refused_by_the_database(drive: Driver, ready: str) -> None:
-    fence = drive.must_claim(ready, "a")
-    for outcome in ("pending", "running", "done"):
-        with pytest.raises(psycopg.errors.CheckViolation):
-            drive.store.end(fence, outcome)
-    assert drive.tasks(ready)["a"] == "running"
-
-
 @pytest.mark.parametrize("task", ["none", ""])
 def test_rerun_and_mark_of_an_unknown_task_say_so_and_change_nothing(drive: Driver, task: str) -> None:
     execution = make_execution(drive, "failed")
-    before = picture(drive, execution)
+    before = drive.picture(execution)
     with pytest.raises(TaskNotFound, match=execution):
         drive.store.reopen_execution(execution, None, task_id=task)
     with pytest.raises(TaskNotFound, match=execution):
-        mark(drive, execution, task, "success")
-    assert picture(drive, execution) == before
-
-
-# Pause and due times
-
-
-def test_paused_tasks_are_parked_when_due_and_back_at_once_on_resume(drive: Driver) -> None:
-    drive.set_clock(0)
-    execution = drive.start({"a": "", "b": ""})
-    drive.end(execution, "b", "retry")
-    drive.store.pause_execution(execution, None)
-    for moment in (60, 7200):
-        drive.set_clock(moment)
-        assert execution not in {t.execution_id for t in drive.store.take_due(1000, first_only=False)}
-    assert drive.store.get_tasks(execution)[1].retry_at is None
-    drive.store.resume_execution(execution, None)
-    assert {t.task_id for t in drive.store.take_due(1000, first_only=True) if t.execution_id == execution} == {"a", "b"}
-
-
-def test_resume_leaves_a_retry_that_is_not_due_to_its_delay(drive: Driver) -> None:
-    drive.set_clock(0)
-    execution = drive.start({"a": ""})
-    fence = drive.must_claim(execution, "a")
-    drive.store.end(fence, "retry", delay=500)
-    drive.store.pause_execution(execution, None)
-    drive.set_clock(100)
-    drive.store.resume_execution(execution, None)
-    assert drive.store.take_due(1000, first_only=False) == ()
-    drive.set_clock(500)
-    assert [t.execution_id for t in drive.store.take_due(1000, first_only=False)] == [execution]
-
-
-def test_paused_execution_lets_what_runs_finish_and_start_nothing(drive: Driver, ready: str) -> None:
-    fence = drive.must_claim(ready, "a")
-    drive.store.pause_execution(ready, None)
-    assert [t.task_id for t in drive.store.complete(fence, 1).ready] == ["b"]
-    assert drive.claim(ready, "b") is None
-    drive.store.resume_execution(ready, None)
-    assert drive.claim(ready, "b") is not None
-
-
-def test_take_due_looks_later_each_time_and_first_only_leaves_what_was_published(lone: Driver) -> None:
-    lone.set_clock(0)
-    lone.start({"a": ""})
-    grace, moment = lone.store.grace.total_seconds(), 0.0
-    for doubling in range(1, 4):
-        moment += grace * 2 ** (doubling - 1)
-        lone.set_clock(moment - 1)
-        assert lone.store.take_due(10, first_only=False) == ()
-        lone.set_clock(moment)
-        assert lone.store.take_due(10, first_only=True) == ()
-        assert lone.store.recovery_work().due
-        assert len(lone.store.take_due(10, first_only=False)) == 1
-        assert not lone.store.recovery_work().due
-    assert lone.store.count_published() == 1
-
-
-def test_take_due_takes_no_more_than_its_limit(lone: Driver) -> None:
-    lone.start({f"a{n}": "" for n in range(10)})
-    lone.sql("UPDATE pipeline.task_executions SET due_at = pipeline.clock()")
-    assert [len(lone.store.take_due(4, first_only=False)) for _ in range(4)] == [4, 4, 2, 0]
-
-
-def test_queue_timeout_ends_an_execution_whose_task_waits_too_long_unless_it_is_paused(drive: Driver) -> None:
-    drive.set_clock(0)
-    execution = drive.start({"a": ""}, queue_timeout=50)
-    drive.store.pause_execution(execution, None)
-    drive.set_clock(51)
-    drive.store.expire_executions(1000)
-    assert drive.status(execution) == "pending"
-    drive.store.resume_execution(execution, None)
-    drive.store.expire_executions(1000)
-    assert drive.status(execution) == "failed"
-    assert "queue_timeout" in (drive.message(execution) or "")
+        drive.mark(execution, task, "success")
+    assert drive.picture(execution) == before
 
 
 def test_forget_deletes_ended_executions_and_no_others(drive: Driver) -> None:
     ended, open_ = make_execution(drive, "success"), make_execution(drive, "running")
     assert drive.store.forget_executions([ended, open_, "exec-none"]) == 1
-    assert picture(drive, ended) == []
+    assert drive.picture(ended) == []
     assert drive.status(open_) == "running"
 
 
 # The law
 
 
-def test_every_legal_transition_is_made_by_some_operation_and_no_other(lone: Driver) -> None:
+def test_every_legal_transition_is_made_by_some_operation_and_no_other(database_url: str) -> None:
+    lone = Driver(database_url)
     lone.sql("CREATE TABLE seen (kind text, before text, after text)")
     lone.sql("""
         CREATE FUNCTION see() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
@@ -536,7 +340,8 @@ def test_every_legal_transition_is_made_by_some_operation_and_no_other(lone: Dri
         operate_on_task(operation, Subject(lone, state))
     for operation, state, _ in cells(EXECUTION_TABLE):
         operate_on_execution(operation, lone, make_execution(lone, state))
-    seen = {(kind, before, after) for kind, before, after in lone.sql("SELECT DISTINCT * FROM seen")}
+    seen = set(lone.sql("SELECT DISTINCT * FROM seen"))
+    lone.close()
     assert seen == {
         (kind, before.value, after.value)
         for kind, table in (("task_executions", TASK_TRANSITIONS), ("workflow_executions", EXECUTION_TRANSITIONS))
@@ -560,14 +365,18 @@ def test_every_illegal_transition_of_a_task_is_refused(drive: Driver, before: Ta
 def test_every_illegal_transition_of_an_execution_is_refused(drive: Driver, before: ExecutionStatus) -> None:
     execution = make_execution(drive, before.value)
     for after in set(ExecutionStatus) - EXECUTION_TRANSITIONS[before] - {before}:
-        with pytest.raises(psycopg.errors.RaiseException, match=f"illegal transition of execution: {before} -> {after}"):
-            drive.sql("UPDATE pipeline.workflow_executions SET status = %s WHERE execution_id = %s", after.value, execution)
+        with pytest.raises(
+            psycopg.errors.RaiseException, match=f"illegal transition of execution: {before} -> {after}"
+        ):
+            drive.sql(
+                "UPDATE pipeline.workflow_executions SET status = %s WHERE execution_id = %s", after.value, execution
+            )
 
 
-def test_an_epoch_that_goes_back_is_refused(drive: Driver, ready: str) -> None:
-    drive.must_claim(ready, "a")
+def test_an_epoch_that_goes_back_is_refused(drive: Driver) -> None:
+    execution = Subject(drive, "running").execution
     with pytest.raises(psycopg.errors.RaiseException, match="epoch went back"):
-        drive.sql("UPDATE pipeline.task_executions SET epoch = 0 WHERE execution_id = %s", ready)
+        drive.sql("UPDATE pipeline.task_executions SET epoch = 0 WHERE execution_id = %s", execution)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,197 @@
+"""What goes to the broker, what is recorded at submission, and what foreign messages can do."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from pipeline.errors import DefinitionConflict, IdempotencyConflict, InputError, WorkflowNotFound
+from pipeline.result_store.rows import ReadyTask
+from pipeline.states import ExecutionStatus
+from tests.conftest import Servers, Site, line, task, workflow
+
+
+def raw_messages(site: Site) -> list[bytes]:
+    """Everything in the queue, as the broker holds it."""
+    celery = site.engine.installation.celery
+    with celery.connection_for_read() as connection, connection.channel() as channel:
+        if site.settings.broker_url.startswith("redis"):
+            found: list[bytes] = channel.client.lrange(site.settings.queue, 0, -1)
+            return found
+        queue = celery.amqp.queues[site.settings.queue].bind(channel)
+        got = []
+        while (message := queue.get(no_ack=True)) is not None:
+            got.append(message.body.encode() + json.dumps([message.headers, message.properties], default=str).encode())
+        return got
+
+
+def test_message_has_a_constant_size_whatever_the_workflow_and_its_input(site: Site) -> None:
+    sizes = []
+    for count, text in ((10, ""), (5_000, "x" * 100_000)):
+        tasks = [task("t0"), *(task(f"t{n}", after=("t0",)) for n in range(1, count))]
+        site.engine.execute_workflow(workflow(*tasks), {"text": text})
+        (message,) = raw_messages(site)
+        site.engine.installation.celery.control.purge()
+        sizes.append(len(message))
+    assert sizes[0] == sizes[1] < 1024
+
+
+def test_message_holds_only_what_celery_itself_writes_and_names_the_task_by_its_ids(site: Site) -> None:
+    dispatcher = site.engine.installation.dispatcher
+    ready = ReadyTask(execution_id="exec-0123456789ab", task_id="t", epoch=3, handler="debug.noop", timeout=5.0)
+    body, headers, properties = dispatcher._message(ready)
+    of_celery = dispatcher.celery.amqp.create_task_message("id", "debug.noop", ())
+    assert headers.keys() <= of_celery.headers.keys()
+    assert properties.keys() == of_celery.properties.keys()
+    assert body == (("exec-0123456789ab", "t", 3), {}, {"callbacks": None, "errbacks": None, "chain": None, "chord": None})
+    assert (headers["id"], headers["task"], headers["ignore_result"]) == ("exec-0123456789ab_t", "debug.noop", True)
+    assert headers["timelimit"] == [5.0 + 2 * site.settings.hard_limit, None]
+
+
+def test_group_of_tasks_is_published_in_one_round_trip(servers: Servers, sites: Any) -> None:
+    if servers.broker_url.startswith("amqp"):
+        pytest.skip("AMQP confirms each message")
+    with line(servers.broker_url) as broker:
+        site = sites(broker_url=broker.url)
+        turns = []
+        for count in (1, 1, 300):
+            before = broker.turns
+            site.engine.execute_workflow(workflow(*(task(f"t{n}") for n in range(count))))
+            turns.append(broker.turns - before)
+    assert len(raw_messages_of(site, servers)) == 302
+    assert turns[2] == turns[1] == 1
+
+
+def raw_messages_of(site: Site, servers: Servers) -> list[bytes]:
+    """The queue's messages, asked of the server itself."""
+    with site.engine.installation.celery.connection_for_read(servers.broker_url) as connection:
+        found: list[bytes] = connection.default_channel.client.lrange(site.settings.queue, 0, -1)
+        return found
+
+
+def test_idempotency_key_gives_the_same_execution_and_starts_it_once(prefork_site: Site, tmp_path: Path) -> None:
+    definition = workflow(task("t", "site.leave_a_mark", params={"folder": str(tmp_path)}))
+    ids = {prefork_site.engine.execute_workflow(definition, {"a": 1, "b": 2}, idempotency_key="k") for _ in range(3)}
+    ids.add(prefork_site.engine.execute_workflow(definition, {"b": 2, "a": 1}, idempotency_key="k"))
+    (execution_id,) = ids
+    assert prefork_site.engine.wait(execution_id, 60).status is ExecutionStatus.SUCCESS
+    assert prefork_site.engine.execute_workflow(definition, {"a": 1, "b": 2}, idempotency_key="k") == execution_id
+    assert len(list(tmp_path.iterdir())) == 1
+    other = prefork_site.engine.execute_workflow(workflow(task("t")), idempotency_key="k")
+    assert other != execution_id, "keys belong to a workflow"
+    assert prefork_site.engine.wait(other, 60).status is ExecutionStatus.SUCCESS
+
+
+def test_idempotency_key_with_another_input_is_a_conflict_that_names_the_execution(site: Site) -> None:
+    definition = workflow(task("t"))
+    execution_id = site.engine.execute_workflow(definition, {"a": 1}, idempotency_key="k")
+    with pytest.raises(IdempotencyConflict) as caught:
+        site.engine.execute_workflow(definition, {"a": 2}, idempotency_key="k")
+    assert (caught.value.key, caught.value.execution_id) == ("k", execution_id)
+    assert len(site.engine.list_executions()) == 1
+
+
+def test_idempotency_key_with_another_version_is_a_conflict(site: Site) -> None:
+    definition = workflow(task("t"))
+    site.engine.execute_workflow(definition, idempotency_key="k")
+    with pytest.raises(IdempotencyConflict):
+        site.engine.execute_workflow({**definition, "version": "2"}, idempotency_key="k")
+
+
+def test_definition_with_the_same_version_and_other_content_is_a_conflict(site: Site) -> None:
+    definition = workflow(task("t"))
+    site.engine.execute_workflow(definition)
+    with pytest.raises(DefinitionConflict, match="give the changed definition a new version"):
+        site.engine.execute_workflow({**definition, "tasks": [task("u")]})
+    assert site.engine.execute_workflow({**definition, "version": "2", "tasks": [task("u")]})
+
+
+def test_registered_definition_runs_by_its_name(prefork_site: Site) -> None:
+    first = prefork_site.engine.register(workflow(task("t", "site.add", params={"a": 1})))
+    prefork_site.engine.register({**first.model_dump(exclude_defaults=True), "version": "2", "tasks": [task("u")]})
+    assert prefork_site.run(first.id).tasks.keys() == {"u"}
+    assert prefork_site.run(f"{first.id}@1").results == {"t": 2}
+    with pytest.raises(WorkflowNotFound):
+        prefork_site.engine.execute_workflow(f"{first.id}@3")
+
+
+def test_input_that_does_not_fit_records_nothing(site: Site) -> None:
+    schema = {"type": "object", "required": ["day"]}
+    with pytest.raises(InputError, match="day"):
+        site.engine.execute_workflow(workflow(task("t"), input_schema=schema), {})
+    assert site.engine.list_executions() == []
+
+
+def test_doubled_and_stale_messages_run_nothing(busy_site: Site, tmp_path: Path) -> None:
+    definition = workflow(
+        task("a", "site.leave_a_mark", params={"folder": str(tmp_path)}),
+        task("b", "site.leave_a_mark", ("a",), params={"folder": str(tmp_path)}),
+    )
+    dispatcher = busy_site.engine.installation.dispatcher
+    with psycopg.connect(busy_site.settings.database_url) as connection:
+        started = busy_site.engine.execute_workflow(definition, connection=connection)
+        connection.commit()
+    messages = [
+        ReadyTask(execution_id=started, task_id=name, epoch=epoch, handler="site.leave_a_mark", timeout=60.0)
+        for name in ("b", "a") for epoch in (0, 0, 0, 1, 2)
+    ]  # fmt: skip
+    dispatcher.publish(messages)
+    assert busy_site.engine.wait(started, 60).status is ExecutionStatus.SUCCESS
+    dispatcher.publish(messages)
+    busy_site.run(workflow(*(task(f"t{n}") for n in range(5))))
+    busy_site.until(lambda: dispatcher.waiting() == 0)
+    assert sorted(p.name.partition(".")[0] for p in tmp_path.iterdir()) == ["a", "b"]
+    assert {t.attempt for t in busy_site.engine.get_execution(started).tasks.values()} == {1}
+
+
+class Bomb:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.path,))
+
+
+def test_forged_messages_do_nothing_and_the_worker_goes_on(busy_site: Site, tmp_path: Path) -> None:
+    done = busy_site.run(workflow(task("t", "site.leave_a_mark", params={"folder": str(tmp_path)})))
+    celery, queue, real = busy_site.engine.installation.celery, busy_site.settings.queue, done.execution_id
+    bodies: list[tuple[list[Any], dict[str, Any]]] = [
+        ([], {}), ([real], {}), ([real, "t"], {}), ([real, "t", "0"], {}), ([real, "t", True], {}), ([real, "t", -1], {}),
+        ([real, "t", 2**40], {}), ([real, "t", 1.5], {}), ([real, "t", None], {}), ([None, None, None], {}),
+        ([real, "t", 0, "more"], {}), ([{"execution": real}, ["t"], 0], {}), ([real, "t\0", 0], {}), (["\0", "t", 0], {}),
+        ([real, "\ud800", 0], {}), ([real, "t' OR true --", 0], {}), (["exec-ffffffffffff", "t", 0], {}),
+        ([real, "unknown", 0], {}), ([real, "t", 0], {"attempt": 7, "self": 1}), ([real * 10_000, "t", 0], {}),
+    ]  # fmt: skip
+    with celery.connection_for_write() as connection, connection.Producer() as producer:
+
+        def send(body: Any, headers: dict[str, Any], **more: Any) -> None:
+            producer.publish(body, routing_key=queue, exchange="", headers=headers, **more)
+
+        for number, (args, kwargs) in enumerate(bodies):
+            for name in ("site.leave_a_mark", "no.such.handler"):
+                send([args, kwargs, {}], {"lang": "py", "task": name, "id": f"forged-{number}"}, serializer="json")
+        good = {"lang": "py", "task": "site.leave_a_mark", "id": "x"}
+        for headers in (
+            {**good, "id": None}, {**good, "id": 5}, {**good, "timelimit": "soon"}, {**good, "eta": "soon"}, {},
+            {**good, "expires": "soon"}, {**good, "retries": "many"}, {**good, "group": [1]}, {**good, "task": ["a"]},
+            {**good, "argsrepr": 5, "origin": 5, "parent_id": 5, "root_id": 5}, {"lang": "py", "task": "debug.noop"},
+        ):  # fmt: skip
+            send([["exec-ffffffffffff", "t", 0], {}, {}], headers, serializer="json")
+            send({"no": "task"}, headers, serializer="json")
+        send("not json", {"task": "debug.noop", "id": "x"}, content_type="application/json", content_encoding="utf-8")
+        send(
+            pickle.dumps(([Bomb(tmp_path / "bomb")], {}, {})), {"lang": "py", "task": "debug.noop", "id": "x"},
+            content_type="application/x-python-serialize", content_encoding="binary",
+        )  # fmt: skip
+    for _ in range(3):
+        assert busy_site.run(workflow(*(task(f"t{n}") for n in range(5)))).status is ExecutionStatus.SUCCESS
+    busy_site.until(lambda: busy_site.engine.installation.dispatcher.waiting() == 0)
+    assert len(list(tmp_path.iterdir())) == 1
+    assert busy_site.engine.get_execution(real) == done

@@ -1,0 +1,169 @@
+"""The statements: each has its method, each runs, and none reads a whole table."""
+
+from __future__ import annotations
+
+import ast
+import re
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg.types.json import Json, Jsonb
+
+import pipeline.result_store
+from pipeline.result_store.statements import sql_text, statements
+from pipeline.states import TaskStatus
+from tests.store.conftest import Driver
+
+#: something for each parameter of the statements
+SAMPLES: dict[str, Any] = {
+    "after": 0, "age": timedelta(seconds=1), "definition": Json({}), "definition_id": -1, "delay": timedelta(0), "digest": "d",
+    "epoch": 0, "error_message": None, "error_traceback": None, "error_type": None, "execution_id": "exec-none",
+    "execution_ids": ["exec-none"], "first_only": True, "grace": timedelta(seconds=1), "hard_limit": timedelta(seconds=1),
+    "headers": Json([]), "idempotency_key": None, "input_data": Jsonb({}), "input_digest": "d", "lease": timedelta(seconds=1),
+    "limit": 10, "loss_budget": 1, "message": "m", "name": "n", "outcome": "success", "params": None, "percent": 1.0, "pid": 1,
+    "queue_timeout": None, "reason": "r", "result": Jsonb(1), "status": "success", "task_id": "a", "task_ids": ["a"],
+    "tasks": Json([]), "timeout": None, "user_id": None, "variables": Jsonb({}), "version": "1", "worker": "w", "worker_id": 1,
+    "workflow_id": "w",
+}  # fmt: skip
+#: tables that grow with each execution and are filled here
+LARGE = ("task_executions", "workflow_executions", "join_counters", "workflow_states")
+
+
+def called() -> list[str]:
+    """Names of statements that the store's methods run."""
+    trees = [ast.parse(path.read_text()) for path in Path(pipeline.result_store.__path__[0]).glob("*.py")]
+    return [
+        node.args[0].value
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("_all", "_one", "_steer")
+        and node.args and isinstance(node.args[0], ast.Constant)
+    ]  # fmt: skip
+
+
+def test_every_statement_is_run_by_a_method_and_every_method_has_its_statement() -> None:
+    assert set(called()) == set(statements())
+
+
+def test_every_statement_has_a_name_of_its_own_and_says_what_it_is_for() -> None:
+    names = re.findall(r"^-- (\w+) --$", sql_text("queries.sql"), re.MULTILINE)
+    assert len(names) == len(set(names)) == len(statements())
+    assert [name for name, text in statements().items() if not re.match(r"-- [A-Z].*\.$", text.splitlines()[0])] == []
+
+
+@pytest.mark.parametrize("name", statements())
+def test_statement_runs(drive: Driver, name: str) -> None:
+    no_definition = pytest.raises(psycopg.errors.NoDataFound)
+    with psycopg.connect(drive.url) as connection:
+        with no_definition if name == "create_execution" else nullcontext():
+            connection.execute(statements()[name].encode(), SAMPLES)
+        connection.rollback()
+
+
+@pytest.fixture(scope="module")
+def filled(shared: Driver) -> Driver:
+    """20,000 ended tasks beside 500 open ones: due, not yet due, running and lost."""
+    drive = shared
+    drive.set_clock(None)
+    dead = drive.new_worker(lease=0)
+    key = drive.dispatcher.register(drive.define({"a": ""}))
+    for statement in (
+        """INSERT INTO pipeline.workflow_executions
+            (execution_id, definition_id, workflow_id, input_digest, status, finished_at)
+           SELECT 'old-' || n, $1, 'w', '', 'success', now() FROM generate_series(1, 20000) n""",
+        "INSERT INTO pipeline.workflow_states SELECT 'old-' || n, '{}', '{}' FROM generate_series(1, 20000) n",
+        """INSERT INTO pipeline.task_executions (execution_id, task_id, handler, status, epoch, attempt, worker_id, finished_at)
+           SELECT 'old-' || n, 'a', 'h', 'success', 1, 1, 1, now() FROM generate_series(1, 20000) n""",
+        "INSERT INTO pipeline.join_counters SELECT 'old-' || n, 0, 0 FROM generate_series(1, 20000) n",
+        "INSERT INTO pipeline.workers (name, pid, expires_at) SELECT 'w', n, now() FROM generate_series(1, 2000) n",
+    ):
+        drive.sql(statement.replace("$1", str(key)))
+    for n in range(50):
+        execution = drive.start({f"t{m}": "" for m in range(10)})
+        if n % 5 == 0:
+            drive.claim(execution, "t0")
+            drive.sql(
+                "UPDATE pipeline.task_executions SET worker_id = %s WHERE execution_id = %s AND status = 'running'",
+                dead,
+                execution,
+            )
+    drive.sql("UPDATE pipeline.task_executions SET due_at = now() WHERE status = 'pending' AND task_id IN ('t1', 't2')")
+    drive.sql("ANALYZE")
+    return drive
+
+
+@pytest.mark.parametrize(
+    ("name", "indexes"),
+    [
+        ("recovery_work", {"task_executions_due", "task_executions_running", "task_executions_overdue"}),
+        ("lost_attempts", {"task_executions_running"}),
+        ("overdue_attempts", {"task_executions_overdue"}),
+        ("count_published", {"task_executions_due"}),
+    ],
+)
+def test_statement_looks_at_the_partial_indexes_only(filled: Driver, name: str, indexes: set[str]) -> None:
+    with psycopg.connect(filled.url) as connection:
+        plan = "\n".join(line for (line,) in connection.execute(f"EXPLAIN {statements()[name]}".encode(), SAMPLES))
+    assert not re.findall(rf"Seq Scan on ({'|'.join(LARGE)})", plan), plan
+    assert set(re.findall(r"task_executions_(?:due|running|overdue)", plan)) == indexes, plan
+
+
+def seq_scans(drive: Driver) -> dict[str, int]:
+    return dict(drive.sql("SELECT relname, seq_scan FROM pg_stat_xact_user_tables WHERE schemaname = 'pipeline'"))
+
+
+def test_no_operation_reads_a_large_table_from_end_to_end(filled: Driver) -> None:
+    drive, store = filled, filled.store
+    operations = {
+        "create": lambda: drive.start({"a": "", "b": "", "join": "a b", "s": "", "t": "s"}),
+        "ready": lambda: store.ready_tasks(execution),
+        "claim": lambda: drive.claim(execution, "a"),
+        "complete": lambda: drive.complete(execution, "b"),
+        "state": lambda: store.state(execution),
+        "results": lambda: store.results(execution, ["a", "b"]),
+        "skip": lambda: drive.end(execution, "s", "skipped"),
+        "lose": lambda: store.end(drive.fence(execution, "a"), "lost"),
+        "fail": lambda: drive.end(execution, "a", "failed"),
+        "reopen": lambda: store.reopen_execution(execution, None),
+        "pause": lambda: store.pause_execution(execution, None),
+        "resume": lambda: store.resume_execution(execution, None),
+        "take due": lambda: store.take_due(5, first_only=False),
+        "take new": lambda: store.take_due(5, first_only=True),
+        "mark": lambda: store.mark_task(execution, "a", TaskStatus.SUCCESS, result=1, user_id=None, reason="why"),
+        "expire": lambda: store.expire_executions(10),
+        "cancel": lambda: store.cancel_execution(execution, None),
+        "get": lambda: (store.get_execution(execution), store.get_tasks(execution), store.get_task(execution, "a")),
+        "events": lambda: store.get_events(execution),
+        "forget": lambda: store.forget_executions([execution]),
+    }
+    execution = drive.start({"a": "", "b": "", "join": "a b", "s": "", "t": "s"})
+    guilty = []
+    for name, operate in operations.items():
+        with store.link.transaction():
+            before = seq_scans(drive)
+            operate()
+            guilty += [
+                (name, table) for table, n in seq_scans(drive).items() if table in LARGE and n > before.get(table, 0)
+            ]
+    assert guilty == []
+
+
+def test_counting_down_a_join_is_a_hot_update(drive: Driver) -> None:
+    def updates() -> tuple[int, int]:
+        drive.sql("SELECT pg_stat_force_next_flush()")
+        drive.sql("SELECT 1")
+        ((every, hot),) = drive.sql(
+            "SELECT n_tup_upd, n_tup_hot_upd FROM pg_stat_user_tables WHERE relname = 'join_counters'"
+        )
+        return every, hot
+
+    execution = drive.start({**{f"a{n}": "" for n in range(200)}, "end": " ".join(f"a{n}" for n in range(200))})
+    before = updates()
+    drive.drain(execution)
+    after = updates()
+    assert after[0] - before[0] == 201
+    assert after[1] - before[1] > 190
