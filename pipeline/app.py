@@ -165,7 +165,8 @@ class Installation:
     @cached_property
     def recovery(self) -> Recovery:
         """Publishes what was lost."""
-        return Recovery(self.store, self.dispatcher, waiting=self.dispatcher.waiting, lease=self.settings.lease)
+        s = self.settings
+        return Recovery(self.store, self.dispatcher, waiting=self.dispatcher.waiting, lease=s.lease, sweep=s.sweep)
 
     @cached_property
     def retention(self) -> Retention | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from argparse import Namespace
@@ -116,7 +117,8 @@ def scheduler(arguments: Namespace) -> bool:
 
 
 def _set_at_eof(stop: threading.Event) -> None:
-    sys.stdin.buffer.read()
+    while os.read(sys.stdin.fileno(), 4096):  # not `sys.stdin`: its buffer's lock would be missed at the interpreter's end
+        pass
     stop.set()
 
 

@@ -19,6 +19,8 @@ from pipeline.stack import Process, Stack
 
 #: seconds that a worker may take to start
 _START = 60.0
+#: seconds that a worker may take to end once its tasks have
+_END = 5.0
 #: seconds that a worker may take to answer before another is started beside it
 _ANSWER = 3.0
 
@@ -77,6 +79,7 @@ class Workers:
         self._stack = Stack(
             processes(installation, workers=workers, concurrency=concurrency, flower=flower),
             log_folder=installation.settings.home.absolute() / "logs",
+            stop_timeout=installation.settings.drain + _END,
         )
         self._failure: ServiceUnavailable | None = None
         self._thread = threading.Thread(target=self._look_after, name="pipeline-stack", daemon=True)

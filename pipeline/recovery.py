@@ -38,14 +38,16 @@ class Recovery:
         waiting: how many messages the broker holds for our queue.
         lease: seconds without heartbeat after which a worker counts as lost. A look that follows a time without
             contact to the store waits that long before it declares anyone lost: nobody could renew either.
+        sweep: seconds between two looks.
     """
 
     def __init__(
         self, store: ResultStore, dispatcher: Dispatcher, *, waiting: Callable[[], int], lease: float,
-        clock: Callable[[], float] = time.monotonic,
+        sweep: float = 0.0, clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         self.store, self.dispatcher, self.waiting, self.lease, self.clock = store, dispatcher, waiting, lease, clock
-        self._last_contact = float("-inf")
+        self._longest_gap = max(lease / 3, 3 * sweep)
+        self._last_contact = clock()
         self._outage_ended = float("-inf")
 
     def run_once(self) -> Recovered:
@@ -54,15 +56,12 @@ class Recovery:
         Raises:
             DatabaseUnavailable: the store cannot be reached.
         """
-        now = self.clock()
         work = self.store.recovery_work()
-        if self._last_contact != float("-inf") and now - self._last_contact > self.lease / 3:
-            self._outage_ended = now
-        self._last_contact = now
+        self._contact()
         lost = expired = published = 0
         if work.expired:
             expired = self.store.expire_executions(_LIMIT)
-        if work.lost and now - self._outage_ended > self.lease:
+        if work.lost:
             lost += self._end(self.store.lost_attempts(_LIMIT), "its worker was lost: no heartbeat within the lease")
         if work.overdue:
             lost += self._end(self.store.overdue_attempts(_LIMIT), "it ran on past its hard limit")
@@ -87,9 +86,22 @@ class Recovery:
             if done != Recovered():
                 log.info("recovered: %s", done)
 
+    def _contact(self) -> bool:
+        """Take note that the store has answered; false where workers had no time yet to renew or record after an outage.
+
+        Asked after each answer: a server that stands still gives the answer to the moment of its end.
+        """
+        now = self.clock()
+        if now - self._last_contact > self._longest_gap:
+            self._outage_ended = now
+        self._last_contact = now
+        return now - self._outage_ended > self.lease
+
     def _end(self, attempts: list[Attempt], message: str) -> int:
         count = 0
         for attempt in attempts:
+            if not self._contact():
+                break
             log.warning("task %s of %s: %s", attempt.task_id, attempt.execution_id, message)
             ended = self.store.end(attempt, "lost", error_type="WorkerLost", error_message=message)
             count += ended.outcome == "done"

@@ -12,6 +12,7 @@ from typing import Any
 from billiard.exceptions import Terminated, TimeLimitExceeded, WorkerLostError
 from celery import states
 from celery.backends.base import BaseBackend
+from celery.exceptions import TaskRevokedError
 
 from pipeline.execution import Executor
 from pipeline.result_store.store import ResultStore
@@ -51,7 +52,9 @@ class StoreBackend(BaseBackend):  # type: ignore[misc]
             return {"status": states.PENDING, "result": None}
         state = _CELERY_STATES[found.status]
         result: Any = found.result
-        if state in states.EXCEPTION_STATES:
+        if state == states.REVOKED:
+            result = TaskRevokedError(found.error_message)
+        elif state in states.EXCEPTION_STATES:
             result = self.exception_to_python(
                 {"exc_type": found.error_type or found.status, "exc_message": [found.error_message], "exc_module": "pipeline"}
             )

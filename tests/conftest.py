@@ -59,6 +59,23 @@ def _pairs() -> dict[str, tuple[str, str]]:
     return found
 
 
+#: which pairs a folder's tests run on, where not on all: the command line and the kit are the same on each, and to the
+#: store a broker is nothing
+PAIRS = {"acceptance": {"embedded"}, "crash": {"embedded"}, "store": {"embedded", "system"}}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what would be the same test again."""
+    out = []
+    for item in items:
+        pair = item.callspec.params.get("servers") if isinstance(item, pytest.Function) and hasattr(item, "callspec") else None
+        if pair is not None and pair not in PAIRS.get(item.path.parent.name, {pair}):
+            out.append(item)
+    if out:
+        config.hook.pytest_deselected(items=out)
+        items[:] = [item for item in items if item not in set(out)]
+
+
 @pytest.fixture(scope="session")
 def embedded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     """The servers from wheels, for the whole run."""
@@ -302,9 +319,9 @@ class Line:
         address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         user, at, _ = parts.netloc.rpartition("@")
         self.url = parts._replace(netloc=user + at + address).geturl()
-        #: how often the near side spoke after the far side
-        self.turns = 0
-        self._far_spoke = True
+        #: cleared, answers do not come through until it is set
+        self.answers = threading.Event()
+        self.answers.set()
         self._open: list[socket.socket] = []
         self._cut = self._closed = False
         self._thread = threading.Thread(target=self._accept)
@@ -324,6 +341,7 @@ class Line:
     def close(self) -> None:
         """The end of it."""
         self._closed = True
+        self.answers.set()
         self._thread.join()
         self.cut()
         self._listener.close()
@@ -349,8 +367,8 @@ class Line:
     def _carry(self, source: socket.socket, sink: socket.socket, far: bool) -> None:
         with suppress(OSError):
             while data := source.recv(65536):
-                self.turns += self._far_spoke and not far
-                self._far_spoke = far
+                if far:
+                    self.answers.wait()
                 sink.sendall(data)
         for end_ in (source, sink):
             with suppress(OSError):

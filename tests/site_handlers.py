@@ -17,7 +17,7 @@ from typing import Any
 from celery.exceptions import Ignore
 from celery.utils.log import get_task_logger
 
-from pipeline import Context, Fail, Retry, Skip, handler
+from pipeline import AttemptLost, Context, Fail, Retry, Skip, handler
 
 
 @handler("site.add")
@@ -126,6 +126,25 @@ def wait_for_file(path: str, seconds: float = 60, *, context: Context) -> str:
             raise TimeoutError(path)
         time.sleep(0.02)
     return "seen"
+
+
+@handler("site.watch")
+def watch(folder: str, *, context: Context) -> int:
+    """Mark its start, work until a file for this attempt or for the task appears, and write down how it is stopped."""
+    name = f"{context.task_id}.{context.epoch}"
+    leave_a_mark(folder, context=context)
+    while not (Path(folder, f"go-{name}").exists() or Path(folder, f"go-{context.task_id}").exists()):
+        try:
+            context.heartbeat()
+            time.sleep(0.02)
+        except BaseException:
+            try:
+                context.heartbeat()
+            except AttemptLost as exc:
+                Path(folder, f"lost-{name}.new").write_text(str(exc))
+                Path(folder, f"lost-{name}.new").rename(Path(folder, f"lost-{name}"))
+            raise
+    return os.getpid()
 
 
 @handler("site.die")

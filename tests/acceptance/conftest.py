@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
@@ -180,14 +181,20 @@ class Home(Cli):
 @pytest.fixture
 def home(tmp_path: Path, forks: subprocess.Popen[str]) -> Iterator[Home]:
     """An empty folder, and nothing set."""
-    folder = tmp_path / "home"
+    # not below pytest's folder, which another session of root's closes to the servers' user
+    with TemporaryDirectory(prefix="pipeline-home-", ignore_cleanup_errors=True) as parent:
+        made = _home(Path(parent) / "home", tmp_path, forks)
+        yield made
+        assert made.is_quiet(), made.processes()
+
+
+def _home(folder: Path, tmp_path: Path, forks: subprocess.Popen[str]) -> Home:
     env = {
         **plain_env(), "PIPELINE_HOME": str(folder), "PIPELINE_FLOWER_PORT": "0", "PIPELINE_SWEEP": "0.2",
+        "PIPELINE_DRAIN": "60",
         "PIPELINE_HANDLERS": "site_handlers", "PYTHONPATH": str(TESTS),
     }  # fmt: skip
-    made = Home(env=env, folder=tmp_path, forks=forks, home=folder)
-    yield made
-    assert made.is_quiet(), made.processes()
+    return Home(env=env, folder=tmp_path, forks=forks, home=folder)
 
 
 def eventually(condition: Callable[[], Any], timeout: float = 60) -> bool:

@@ -51,15 +51,23 @@ def test_cancel_stops_a_handler_that_sleeps_at_once_in_a_prefork_pool(prefork_si
     assert children_of(prefork_site) == pids, "it was stopped by a signal, not by killing its process"
 
 
-def test_cancel_before_anything_started_runs_nothing(site: Site, tmp_path: Path) -> None:
-    started = site.engine.execute_workflow(
-        workflow(*(task(f"t{n}", "site.leave_a_mark", params={"folder": str(tmp_path)}) for n in range(5)))
+def test_cancel_of_what_waits_for_a_worker_runs_nothing_of_it(busy_site: Site, tmp_path: Path) -> None:
+    go, marks = tmp_path / "go", tmp_path / "marks"
+    marks.mkdir()
+    names = ("t0", "t1")  # as many as the worker runs at a time
+    busy = busy_site.engine.execute_workflow(
+        workflow(*(task(name, "site.wait_for_file", params={"path": str(go)}) for name in names))
     )
-    site.engine.cancel(started)
-    assert site.engine.get_execution(started).status is ExecutionStatus.CANCELLED
-    with site.worker(concurrency=1):  # its queue holds the messages
-        assert site.run(workflow(task("t"))).status is ExecutionStatus.SUCCESS
-    assert list(tmp_path.iterdir()) == []
+    busy_site.until_running(busy, *names)
+    started = busy_site.engine.execute_workflow(
+        workflow(*(task(f"t{n}", "site.leave_a_mark", params={"folder": str(marks)}) for n in range(5)))
+    )
+    busy_site.engine.cancel(started)
+    assert busy_site.engine.get_execution(started).status is ExecutionStatus.CANCELLED
+    go.touch()
+    assert busy_site.engine.wait(busy, 60).status is ExecutionStatus.SUCCESS
+    busy_site.run(workflow(*(task(f"t{n}") for n in range(5))))
+    assert list(marks.iterdir()) == []
 
 
 def test_stubborn_handler_of_a_cancelled_execution_is_killed_and_its_process_replaced(prefork_site: Site) -> None:
@@ -162,33 +170,27 @@ def test_cancel_in_the_midst_of_a_storm_leaves_pool_and_records_whole(busy_site:
         assert all(t.losses == 0 for t in done.tasks.values())
 
 
-def test_worker_told_to_end_at_once_gives_its_tasks_back(sites: Callable[..., Site], tmp_path: Path) -> None:
+def test_worker_told_to_end_at_once_gives_its_task_back_and_one_told_to_end_finishes_it(
+    sites: Callable[..., Site], tmp_path: Path
+) -> None:
     site = sites(lease=60.0)
+    path = tmp_path / "x"
     with site.worker(concurrency=1, name="first") as worker:
-        started = start(site, tmp_path / "x", "site.wait_for_file", retry_policy=NO_RETRY)
+        started = start(site, path, "site.wait_for_file", retry_policy=NO_RETRY)
         worker.send_signal(signal.SIGQUIT)
         site.until(lambda: site.task(started, "t").status is TaskStatus.PENDING)
-    (tmp_path / "x").touch()
-    with site.worker(concurrency=1, name="second"):
-        found = site.engine.wait(started, 60).tasks["t"]
-    assert (found.status, found.attempt, found.retries, found.losses) == (SUCCESS, 2, 0, 0)
     assert [a.outcome for a in site.engine.get_attempts(started, "t")] == ["released"]
-    assert site.engine.installation.store.audit() == []
-
-
-def test_worker_told_to_end_finishes_what_runs_and_leaves_the_rest_to_others(sites: Callable[..., Site], tmp_path: Path) -> None:
-    site = sites(lease=60.0)
-    with site.worker(concurrency=1, name="first") as worker:
-        started = start(site, tmp_path / "x", "site.wait_for_file")
+    with site.worker(concurrency=1, name="second") as worker:
+        site.until_running(started, "t")
         worker.send_signal(signal.SIGTERM)
-        site.until(lambda: "Warm shutdown" in site.log("first"))
-        (tmp_path / "x").touch()
+        site.until(lambda: "Warm shutdown" in site.log("second"))
+        path.touch()
         site.until(lambda: worker.poll() is not None)
-        assert site.task(started, "t").status is SUCCESS
-    with site.worker(concurrency=1, name="second"):
-        done = site.engine.wait(started, 60)
-    assert [(t.status, t.attempt) for t in done.tasks.values()] == [(SUCCESS, 1), (SUCCESS, 1)]
+    found = site.engine.get_execution(started).tasks
+    assert (found["t"].status, found["t"].attempt, found["t"].retries, found["t"].losses) == (SUCCESS, 2, 0, 0)
+    assert (found["next"].status, found["next"].attempt) == (TaskStatus.PENDING, 0)
     assert site.engine.installation.store.live_workers(after=0) == 0
+    assert site.engine.installation.store.audit() == []
 
 
 def children_of(site: Site) -> set[int]:
