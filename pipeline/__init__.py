@@ -5,7 +5,7 @@ VALIDATE   validation  contents  problems  templates  graph  catalogue
                                               every problem at once, with place and mend
 COMPILE    compiler  drawing  picture         groups and chords, and how they look
 DISPATCH   dispatch                           record an execution, publish what is ready
-EXECUTE    handler  execution  attendance  worker  artifacts  redaction
+EXECUTE    handler  execution  attendance  worker  pulse  artifacts  redaction
                                               the Celery task around every handler, and what stands beside it
 RECORD     result_store  result_backend       Postgres is the truth; Celery's view of it
 RECOVER    recovery  retention  beat          publish what was lost, take tasks from lost workers, forget what is old

@@ -77,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     worker.add_argument("--pool", choices=("prefork", "threads", "solo"), help="Celery pool (default prefork)")
 
     scheduler = verb("scheduler", commands.scheduler, "run recovery: publish what was lost, retry what is due")
-    scheduler.add_argument("--until-eof", action="store_true", help="end when standard input ends")
+    scheduler.add_argument("--beside", metavar="NAME:PID", help="keep a worker's leases too; end with standard input")
 
     verb("flower", commands.flower, "run Flower on this installation's broker")
 

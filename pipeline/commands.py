@@ -26,6 +26,7 @@ from pipeline.errors import DefinitionError, InputError, Problem, SettingsError
 from pipeline.handler import collect
 from pipeline.local import Workers, flower_port_is_free, somebody_works
 from pipeline.observe import Execution, summary_dict, to_json
+from pipeline.pulse import Pulse
 from pipeline.result_store.migrations import migrations, require_current, upgrade, version
 from pipeline.states import ExecutionStatus
 from pipeline.validation import json_schema
@@ -106,8 +107,11 @@ def scheduler(arguments: Namespace) -> bool:
     """Look after what was lost, until a signal comes or standard input ends."""
     stop = threading.Event()
     with suppress(KeyboardInterrupt), Installation.open() as installation:
-        if arguments.until_eof:
+        if arguments.beside:
+            name, _, pid = arguments.beside.rpartition(":")
+            pulse = Pulse(store=installation.store, name=name, pid=int(pid), lease=installation.settings.lease)
             threading.Thread(target=_set_at_eof, args=(stop,), daemon=True).start()
+            threading.Thread(target=pulse.run, args=(stop,), daemon=True).start()
         else:  # beside a worker, which has looked, the database may be away for a while
             require_current(installation.database_url)
         if installation.retention is not None:

@@ -141,6 +141,7 @@ class RecoveryBeside(bootsteps.StartStopStep):  # type: ignore[misc]
 
     def __init__(self, worker: Any, **options: Any) -> None:
         super().__init__(worker, **options)
+        self._name = worker.hostname
         self._process: subprocess.Popen[bytes] | None = None
         self._watch: Any = None
 
@@ -155,7 +156,8 @@ class RecoveryBeside(bootsteps.StartStopStep):  # type: ignore[misc]
             self._release(self._process)
             self._process = None
         if self._process is None:
-            command = [sys.executable, "-m", "pipeline", "scheduler", "--until-eof"]
+            beside = f"{self._name}:{os.getpid()}"
+            command = [sys.executable, "-m", "pipeline", "scheduler", "--beside", beside]
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
     def stop(self, worker: Any) -> None:

@@ -60,7 +60,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "result_backend": {"execution", "redaction", *RUN},
     "recovery": {"dispatch", *RUN},
-    "retention": {"observe", *RUN},
+    "retention": {"errors", "observe", *RUN},
+    "pulse": {"errors", *RUN},
     "beat": {"errors"},
     "triggers": {"definition", "dispatch", *RUN},
     "observe": RUN,
@@ -77,7 +78,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "display": {"engine", "errors", "observe", "result_store.rows", "states"},
     "commands": {
         "app", "catalogue", "compiler", "definition", "display", "document", "drawing", "engine", "errors", "handler", "local",
-        "observe", "recovery", "result_store.migrations", "stack", "states", "validation", "config",
+        "observe", "pulse", "recovery", "result_store.migrations", "stack", "states", "validation", "config",
     },
     "cli": {"app", "commands", "drawing", "engine", "errors", "local", "states"},
     "testing.fault": set(),

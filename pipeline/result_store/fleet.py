@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -36,6 +37,12 @@ class Fleet(Door):
     def renew_worker(self, worker_id: int, lease: float) -> bool:
         """Renew the lease; False: the incarnation is not known any more."""
         return self._one("renew_worker", _Worker, worker_id=worker_id, lease=timedelta(seconds=lease)) is not None
+
+    def renew_workers(self, name: str, pids: Sequence[int], lease: float) -> int:
+        """Renew the leases that run of a worker's processes; returns how many those were."""
+        return len(
+            self._all("renew_workers", _Worker, worker_name=name, pids=list(pids), lease=timedelta(seconds=lease))
+        )
 
     def end_worker(self, worker_id: int) -> None:
         """Give the lease back."""

@@ -105,6 +105,11 @@ RETURNING worker_id
 UPDATE pipeline.workers SET heartbeat_at = pipeline.clock(), expires_at = pipeline.clock() + %(lease)s
  WHERE worker_id = %(worker_id)s RETURNING worker_id
 
+-- renew_workers --
+-- Renew the leases of a worker's processes that run; what ran out or was given back stays so.
+UPDATE pipeline.workers SET heartbeat_at = pipeline.clock(), expires_at = pipeline.clock() + %(lease)s
+ WHERE name = %(worker_name)s AND pid = ANY (%(pids)s) AND expires_at > pipeline.clock() RETURNING worker_id
+
 -- end_worker --
 -- Give the lease back.
 UPDATE pipeline.workers SET expires_at = pipeline.clock() WHERE worker_id = %(worker_id)s RETURNING worker_id

@@ -52,7 +52,7 @@ class Cli:
         if program:
             ran = subprocess.run(
                 [sys.executable, *program, *arguments], env={**self.env, **env}, cwd=self.folder, check=False,
-                capture_output=True, text=True, timeout=100, stdin=subprocess.DEVNULL, start_new_session=True,
+                capture_output=True, text=True, timeout=280, stdin=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
             done = Done(code=ran.returncode, out=ran.stdout, err=ran.stderr)
         else:

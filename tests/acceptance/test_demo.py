@@ -12,8 +12,12 @@ from zipfile import ZipFile
 
 import duckdb
 import psycopg
+import pytest
 
 from pipeline.embedded import EmbeddedServices
+
+#: many processes start, and the machine may be busy
+pytestmark = pytest.mark.timeout(300)
 
 BY_CARRIER = """
     SELECT f.carrier, a.name, count(*), count(*) FILTER (WHERE f.dep_time IS NULL), round(avg(f.dep_delay), 2),

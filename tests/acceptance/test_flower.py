@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from config.settings import Settings
 from pipeline.app import Installation
 from pipeline.local import flower_port_is_free
+
+#: many processes start, and the machine may be busy
+pytestmark = pytest.mark.timeout(300)
 
 EMPTY = {"id": "empty", "tasks": [{"id": "a", "handler": "debug.noop"}, {"id": "b", "handler": "debug.noop", "dependencies": ["a"]}]}  # fmt: skip
 AUTH = {"Authorization": "Basic " + base64.b64encode(b"ana:open sesame").decode()}

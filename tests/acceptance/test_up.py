@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
+
+#: many processes start, and the machine may be busy
+pytestmark = pytest.mark.timeout(300)
 
 EMPTY = {"id": "empty", "tasks": [{"id": "a", "handler": "debug.noop"}]}
 

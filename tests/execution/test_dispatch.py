@@ -11,11 +11,12 @@ from typing import Any
 
 import psycopg
 import pytest
+from severable_line import line
 
 from pipeline.errors import DefinitionConflict, IdempotencyConflict, InputError, WorkflowNotFound
 from pipeline.result_store.rows import ReadyTask
 from pipeline.states import ExecutionStatus
-from tests.conftest import Servers, Site, line, task, workflow
+from tests.conftest import Servers, Site, task, workflow
 
 
 def raw_messages(site: Site) -> list[bytes]:

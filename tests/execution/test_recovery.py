@@ -11,11 +11,12 @@ from pathlib import Path
 import psutil
 import psycopg
 import pytest
+from severable_line import line
 
 from pipeline.errors import ExecutionNotFound, IllegalTransition
 from pipeline.recovery import Recovered
 from pipeline.states import ExecutionStatus, TaskStatus
-from tests.conftest import NO_RETRY, Servers, Site, end, line, task, workflow
+from tests.conftest import NO_RETRY, Servers, Site, end, task, workflow
 
 SUCCESS, PENDING = TaskStatus.SUCCESS, TaskStatus.PENDING
 

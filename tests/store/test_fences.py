@@ -112,6 +112,7 @@ def test_complete_by_a_worker_that_was_declared_lost_is_stale(drive: Driver, rea
     second = drive.must_claim(ready, "a")
     assert drive.store.complete(zombie, 1).outcome == "stale"
     assert drive.store.complete(second, 2).outcome == "done"
+    assert drive.store.complete(zombie, 1).outcome == "stale"
     assert drive.store.results(ready, ["a"]) == {"a": 2}
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
@@ -201,6 +202,7 @@ class Model(RuleBasedStateMachine):
         return [e for e in self.executions if self.store.execution_status(e) in OPEN_EXECUTIONS]
 
 
+@pytest.mark.timeout(600)
 def test_no_order_of_events_breaks_an_invariant_or_leaves_an_execution_open(drive: Driver) -> None:
     seen: Counter[str] = Counter()
 
@@ -212,8 +214,8 @@ def test_no_order_of_events_breaks_an_invariant_or_leaves_an_execution_open(driv
     run_state_machine_as_test(
         make,
         settings=settings(
-            max_examples=80, stateful_step_count=40, derandomize=True, database=None, deadline=None,
+            max_examples=50, stateful_step_count=40, derandomize=True, database=None, deadline=None,
             phases=[Phase.generate, Phase.shrink], suppress_health_check=list(HealthCheck),
         ),
     )  # fmt: skip
-    assert min(seen["done"], seen["stale"]) > 50, f"the model hardly did anything: {seen}"
+    assert min(seen["done"], seen["stale"]) > 40, f"the model hardly did anything: {seen}"
