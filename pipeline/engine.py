@@ -11,7 +11,7 @@ from config.settings import Settings
 from pipeline.app import Installation
 from pipeline.definition import WorkflowDefinition
 from pipeline.document import Document
-from pipeline.errors import DatabaseUnavailable, IllegalTransition, SchemaMismatch, WaitTimeout
+from pipeline.errors import DatabaseUnavailable, IllegalTransition, InputError, Problem, SchemaMismatch, WaitTimeout
 from pipeline.observe import Execution, read_execution
 from pipeline.result_store.connection import Connection, Listener
 from pipeline.result_store.rows import AttemptRow, Event, ExecutionSummary
@@ -82,6 +82,7 @@ class WorkflowEngine:
             DefinitionConflict, IdempotencyConflict: see there.
             DatabaseUnavailable: the execution may not be recorded.
         """
+        _require_text(user_id=user_id, idempotency_key=idempotency_key)
         data = dict(input_data or {})
         store = self.installation.store if connection is None else self.installation.store.within(connection)
         key: int | None
@@ -274,6 +275,17 @@ class WorkflowEngine:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _require_text(**texts: str | None) -> None:
+    """Refuse what Postgres cannot hold.
+
+    Raises:
+        InputError: a text has a NUL character.
+    """
+    wrong = [Problem(path=name, what="has a NUL character") for name, text in texts.items() if text and "\0" in text]
+    if wrong:
+        raise InputError(tuple(wrong))
 
 
 def _require(execution_id: str, operation: str, found: ExecutionStatus, allowed: frozenset[ExecutionStatus]) -> None:

@@ -51,7 +51,7 @@ class Pulse:
                 log.warning("leases are not renewed: %s", exc)
 
     def _alive(self) -> list[int]:
-        found = []
+        found: list[int] = []
         with suppress(psutil.NoSuchProcess):  # it went while we looked
             main = psutil.Process(self.pid)
             found.extend(p.pid for p in (main, *main.children()) if p.status() not in _NOT_ALIVE)

@@ -199,3 +199,10 @@ def test_forged_messages_do_nothing_and_the_worker_goes_on(busy_site: Site, tmp_
     busy_site.until(lambda: busy_site.engine.installation.dispatcher.waiting() == 0)
     assert len(list(tmp_path.iterdir())) == 1
     assert busy_site.engine.get_execution(real) == done
+
+
+def test_submission_with_a_nul_character_is_refused_and_records_nothing(site: Site) -> None:
+    with pytest.raises(InputError, match="idempotency_key: has a NUL character"):
+        site.engine.execute_workflow(workflow(task("t")), user_id="ana", idempotency_key="k\0")
+
+    assert site.engine.list_executions() == []
