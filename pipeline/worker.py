@@ -5,6 +5,8 @@ It refuses to start on a database of another schema, runs recovery beside itself
 
 from __future__ import annotations
 
+import gc
+import heapq
 import logging
 import os
 import signal
@@ -36,7 +38,7 @@ from pipeline.result_store.migrations import require_current
 
 log = logging.getLogger(__name__)
 
-#: seconds between two looks at whether recovery is still there
+#: seconds between two looks at whether recovery is still there, and at timers that are of no use any more
 _WATCH_EVERY = 5.0
 
 
@@ -97,6 +99,7 @@ def equip(celery: Celery, executor: Executor, *, database_url: str, recovery_bes
     celery.conf.worker_consumer = Consumer
     celery.steps["worker"].add(SchemaGate)
     celery.steps["worker"].add(Drain)
+    celery.steps["worker"].add(TimerSweep)
     if recovery_beside:
         celery.steps["worker"].add(RecoveryBeside)
 
@@ -110,6 +113,9 @@ def equip(celery: Celery, executor: Executor, *, database_url: str, recovery_bes
     # A child that ends waits until its parent has read its last answer, and a parent that ends may never read it. What
     # an answer says is in the store; the default is half a minute.
     billiard_pool.GUARANTEE_MESSAGE_CONSUMPTION_RETRY_LIMIT = 20  # tenths of a second
+
+    def settle(**_: Any) -> None:
+        gc.freeze()  # what came with the fork stays: to look at it would unshare its pages and put real garbage off
 
     def enter(**_: Any) -> None:
         try:
@@ -127,10 +133,28 @@ def equip(celery: Celery, executor: Executor, *, database_url: str, recovery_bes
     celeryd_init.connect(take_name, weak=False)
     after_setup_logger.connect(redact, weak=False)
     after_setup_task_logger.connect(redact, weak=False)
+    worker_process_init.connect(settle, weak=False)
     worker_process_init.connect(enter, weak=False)
     worker_ready.connect(enter_without_children, weak=False)
     worker_process_shutdown.connect(close, weak=False)
     worker_shutdown.connect(close, weak=False)
+
+
+class TimerSweep(bootsteps.StartStopStep):  # type: ignore[misc]
+    """Drops the timers of tasks that have ended: each would keep its place until its task's time limit would have passed."""
+
+    requires = ("celery.worker.components:Timer",)
+
+    def start(self, worker: Any) -> None:
+        """Begin."""
+        queue: list[Any] | None = getattr(worker.timer, "_queue", None)  # only an event loop's timer has one
+        if queue is not None:
+            worker.timer.call_repeatedly(_WATCH_EVERY, self._sweep, (queue,))
+
+    @staticmethod
+    def _sweep(queue: list[Any]) -> None:
+        queue[:] = [scheduled for scheduled in queue if not scheduled.entry.canceled]
+        heapq.heapify(queue)
 
 
 class RecoveryBeside(bootsteps.StartStopStep):  # type: ignore[misc]

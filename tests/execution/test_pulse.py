@@ -9,15 +9,23 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import psycopg
+
 from pipeline.pulse import Pulse
 from pipeline.result_store.store import ResultStore
 from pipeline.states import ExecutionStatus
 
 
+#: whether the process beside the worker keeps leases already
+PULSE = """SELECT EXISTS (SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()
+                            AND query LIKE '%pid = ANY%')"""
+
+
 def test_a_handler_that_keeps_pythons_lock_for_longer_than_the_lease_runs_once(sites: Callable[..., Any]) -> None:
-    site = sites(lease=2.0)
-    definition = {"id": "held", "tasks": [{"id": "a", "handler": "site.hold_gil", "params": {"seconds": 7}}]}
-    with site.worker(concurrency=1):
+    site = sites(lease=4.0)
+    definition = {"id": "held", "tasks": [{"id": "a", "handler": "site.hold_gil", "params": {"seconds": 12}}]}
+    with site.worker(concurrency=1), psycopg.connect(site.settings.database_url, autocommit=True) as connection:
+        site.until(lambda: connection.execute(PULSE).fetchone() == (True,))
         execution = site.run(definition)
 
     assert execution.status is ExecutionStatus.SUCCESS

@@ -116,6 +116,15 @@ def test_complete_by_a_worker_that_was_declared_lost_is_stale(drive: Driver, rea
     assert drive.store.results(ready, ["a"]) == {"a": 2}
 
 
+def test_complete_of_a_task_that_was_marked_while_it_ran_is_stale(drive: Driver, ready: str) -> None:
+    fence = drive.must_claim(ready, "a")
+    assert drive.mark(ready, "a", "success")
+    before = drive.picture(ready)
+    assert drive.store.complete(fence, 1).outcome == "stale"
+    assert drive.picture(ready) == before
+    assert [attempt.outcome for attempt in drive.store.get_attempts(ready, "a")] == ["released"]
+
+
 def test_end_released_costs_no_budget(drive: Driver, ready: str) -> None:
     for _ in range(5):
         drive.end(ready, "a", "released")

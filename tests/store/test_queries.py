@@ -27,6 +27,7 @@ SAMPLES: dict[str, Any] = {
     "limit": 10, "loss_budget": 1, "message": "m", "name": "n", "outcome": "success", "params": None, "percent": 1.0, "pid": 1,
     "queue_timeout": None, "reason": "r", "result": Jsonb(1), "status": "success", "task_id": "a", "task_ids": ["a"],
     "tasks": Json([]), "timeout": None, "user_id": None, "variables": Jsonb({}), "version": "1", "worker": "w", "worker_id": 1,
+    "worker_name": "w", "pids": [1],
     "workflow_id": "w",
 }  # fmt: skip
 #: tables that grow with each execution and are filled here
