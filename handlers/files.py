@@ -152,7 +152,7 @@ def _source(url: str, context: Context) -> Iterator[Path]:
         if scheme == "file":
             file = _below_roots(rest, context)
             if not file.is_file():
-                raise FileNotFoundError(f"{url} is not a file")
+                raise FileNotFoundError(f"{url} is not a file: there is none at {file}")
             yield _unzipped(file, folder)
         elif scheme == "package":
             with as_file(_resource(rest, context)) as file:
@@ -185,6 +185,11 @@ def _below_roots(text: str, context: Context) -> Path:
     """
     names = (*context.settings.get("file_roots", ()), context.settings.get("artifacts_root", ""))
     roots = [Path(name.removeprefix("file://")).resolve() for name in names if _is_local(name)]
+    if not Path(text).is_absolute() and not context.settings.get("file_roots"):
+        raise Refused(
+            f"{text} is a relative path, and no folder is open to files.*: PIPELINE_FILE_ROOTS names those that are,"
+            " as PIPELINE_FILE_ROOTS=$PWD"
+        )
     places = [root / text for root in roots]
     real = next((place for place in places if place.exists()), places[0] if places else Path(text)).resolve()
     if not any(real.is_relative_to(root) for root in roots):

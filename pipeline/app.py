@@ -19,14 +19,14 @@ from pipeline.dispatch import Dispatcher
 from pipeline.document import Limits
 from pipeline.embedded import EmbeddedServices
 from pipeline.errors import HandlerImportError, SettingsError
-from pipeline.execution import ExecutionPolicy, Executor, celery_task, in_pool_child
+from pipeline.execution import ExecutionPolicy, Executor, celery_task
 from pipeline.handler import Handler, collect
 from pipeline.recovery import Recovery
 from pipeline.result_backend import StoreBackend
 from pipeline.result_store.migrations import upgrade
 from pipeline.result_store.store import ResultStore
 from pipeline.retention import Retention
-from pipeline.worker import equip
+from pipeline.worker import equip, in_pool_child
 
 
 class Installation:
@@ -130,6 +130,7 @@ class Installation:
         for handler in handlers:
             self.celery.register_task(celery_task(handler, executor))
         self._backend.executor = executor
+        executor.attendant.handlers = tuple(self.handlers)
         equip(
             self.celery, executor, database_url=self.database_url, recovery_beside=self.settings.recovery_beside,
             drain=self.settings.drain,

@@ -7,6 +7,7 @@ a heartbeat, a deadline, a notification, or a call to wake.
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import logging
 import os
@@ -68,6 +69,7 @@ class Attendance:
         self._in_main_thread = threading.current_thread() is threading.main_thread()
         self._lock = threading.RLock()  # a signal's handler may stop its own thread while that holds it
         self._open = self._sent = False
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def run(self, call: Callable[[], T]) -> T:
         """Make a call that is the handler's own: in here its time runs, and only in here is it stopped.
@@ -115,10 +117,17 @@ class Attendance:
             self._sent = True
             if self._in_main_thread:
                 signal.pthread_kill(self._thread, _SIGNAL)
+            elif self._loop is not None:
+                with suppress(RuntimeError):  # it was closed just now
+                    self._loop.call_soon_threadsafe(_cancel_all, self._loop)
             else:
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(
                     ctypes.c_ulong(self._thread), ctypes.py_object(_Interrupted)
                 )  # fmt: skip
+
+    def take_loop(self, loop: asyncio.AbstractEventLoop) -> None:
+        """The handler is asynchronous: where no signal can stop it, its tasks are cancelled in its loop."""
+        self._loop = loop
 
     def raise_in_main_thread(self) -> None:
         """What the signal's handler does: exact, for it runs in the thread that it stops."""
@@ -141,6 +150,11 @@ class Attendance:
         return self.reason is not None
 
 
+def _cancel_all(loop: asyncio.AbstractEventLoop) -> None:
+    for task in asyncio.all_tasks(loop):
+        task.cancel()
+
+
 class Attendant:
     """The process's presence in the store.
 
@@ -158,6 +172,8 @@ class Attendant:
         # An outage of the store must not hold up the stopping of handlers.
         self.store = store.impatient()
         self.lease, self.hard_limit, self.name = lease, hard_limit, name
+        #: that this process knows; set once they are registered
+        self.handlers: tuple[str, ...] = ()
         self._killable = killable
         self._lock = threading.Lock()
         self._reset()
@@ -187,7 +203,9 @@ class Attendant:
             self._reset()
         with self._lock:
             if self._worker_id is None:
-                self._worker_id = self.store.start_worker(name=self.name, pid=os.getpid(), lease=self.lease)
+                self._worker_id = self.store.start_worker(
+                    name=self.name, pid=os.getpid(), lease=self.lease, handlers=self.handlers
+                )
                 self._next_beat = time.monotonic() + self.lease / 3
                 self.look_by(self._next_beat)
             if self._thread is None:

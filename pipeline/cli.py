@@ -13,7 +13,7 @@ from types import FrameType
 
 from rich.console import Console
 
-from pipeline import commands
+from pipeline import commands, processes
 from pipeline.errors import NotFound, PipelineError, ServiceUnavailable, WaitTimeout
 from pipeline.states import ExecutionStatus
 
@@ -66,22 +66,22 @@ def parser() -> argparse.ArgumentParser:
 
     verb("demo", commands.demo, "run the main job on real data: New York's flights of 2013")
 
-    up = verb("up", commands.up, "run services, workers and Flower on this machine until Ctrl-C")
+    up = verb("up", processes.up, "run services, workers and Flower on this machine until Ctrl-C")
     up.add_argument("--workers", type=_count, default=1, metavar="N", help="worker processes (default 1)")
     up.add_argument("--concurrency", type=_count, metavar="N", help="tasks that each runs at a time (default 2)")
     up.add_argument("--no-flower", action="store_true", help="do not start Flower")
 
-    worker = verb("worker", commands.worker, "run one worker")
+    worker = verb("worker", processes.worker, "run one worker")
     worker.add_argument("--name", default=f"worker-{os.getpid()}", help="node name, before the @ (default worker-<pid>)")
     worker.add_argument("--concurrency", type=_count, metavar="N", help="tasks that it runs at a time")
     worker.add_argument("--pool", choices=("prefork", "threads", "solo"), help="Celery pool (default prefork)")
 
-    scheduler = verb("scheduler", commands.scheduler, "run recovery: publish what was lost, retry what is due")
+    scheduler = verb("scheduler", processes.scheduler, "run recovery: publish what was lost, retry what is due")
     scheduler.add_argument("--beside", metavar="NAME:PID", help="keep a worker's leases too; end with standard input")
 
-    verb("flower", commands.flower, "run Flower on this installation's broker")
+    verb("flower", processes.flower, "run Flower on this installation's broker")
 
-    db = verb("db", commands.db, "show or upgrade the database's schema")
+    db = verb("db", processes.db, "show or upgrade the database's schema")
     db.add_argument("action", choices=("upgrade", "status"))
 
     validate = verb("validate", commands.validate, "report every problem of definitions")
@@ -141,7 +141,7 @@ def parser() -> argparse.ArgumentParser:
     mark.add_argument("--result", default="null", metavar="JSON", help="recorded as the task's result")
     mark.add_argument("--user", metavar="U", help="recorded as the one who did it")
 
-    verb("gc", commands.collect_garbage, "forget executions that ended more than PIPELINE_RETENTION_DAYS ago")
+    verb("gc", processes.collect_garbage, "forget executions that ended more than PIPELINE_RETENTION_DAYS ago")
     return top
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import threading
+import json
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -18,19 +16,22 @@ from rich.console import Console
 from config.settings import Settings
 from pipeline.app import Installation, import_modules, read_settings
 from pipeline.compiler import compile_workflow
-from pipeline.display import execution_table, execution_view, headline, task_table, watch
+from pipeline.definition import WorkflowDefinition
+from pipeline.display import execution_table, execution_view, headline, say, task_table, watch
 from pipeline.document import Document, Limits, parse_document, read_document
 from pipeline.drawing import draw
 from pipeline.engine import WorkflowEngine
-from pipeline.errors import DefinitionError, InputError, Problem, SettingsError
+from pipeline.errors import DefinitionError, InputError, Problem
 from pipeline.handler import collect
-from pipeline.local import Workers, flower_port_is_free, somebody_works
+from pipeline.local import Workers, somebody_works
 from pipeline.observe import Execution, summary_dict, to_json
-from pipeline.pulse import Pulse
-from pipeline.result_store.migrations import migrations, require_current, upgrade, version
+from pipeline.result_store.migrations import require_current
 from pipeline.states import ExecutionStatus
 from pipeline.validation import json_schema
 from pipeline.validation import validate as validate_definition
+
+#: characters of a result that are shown after a run
+_ANSWER_LENGTH = 1_000
 
 Command = Callable[[Namespace], bool]
 
@@ -63,90 +64,6 @@ def _files(execution: Execution) -> Iterator[tuple[str, str]]:
         for name, value in ({"": result, **result} if isinstance(result, dict) else {}).items():
             if isinstance(value, dict) and str(value.get("media_type", "")).startswith(("text/html", "image/")):
                 yield f"{task_id}{f' {name}' if name else ''}", str(value["uri"])
-
-
-def up(arguments: Namespace) -> bool:
-    """Run everything on this machine until a signal comes."""
-    with Installation.open() as installation:
-        require_current(installation.database_url)
-        installation.dispatcher.waiting()  # without a broker nothing would ever be ready
-        settings = installation.settings
-        flower_on = not arguments.no_flower and flower_port_is_free(installation)
-        if not flower_on and not arguments.no_flower and settings.flower_port:
-            _say(f"Flower is not started: port {settings.flower_port} is taken; PIPELINE_FLOWER_PORT names another")
-        concurrency = arguments.concurrency or settings.concurrency
-        with Workers(
-            installation, workers=arguments.workers, concurrency=concurrency, flower=flower_on, catch_signals=True
-        ) as workers:
-            workers.await_answers()
-            if workers.alive:
-                print(f"postgres {_without_password(installation.database_url)}")
-                print(f"broker   {_without_password(installation.broker_url)}")
-                print(f"logs     {workers.log_folder}")
-                if flower_on:
-                    print(f"flower   http://{settings.flower_address}:{settings.flower_port}")
-                print("ready", flush=True)
-            workers.join()
-    return True
-
-
-def worker(arguments: Namespace) -> bool:
-    """Run one Celery worker."""
-    with Installation.open() as installation:
-        require_current(installation.database_url)
-        settings = installation.settings
-        installation.worker_app.worker_main([
-            "worker", "--hostname", f"{arguments.name}@%h", "--pool", arguments.pool or settings.pool,
-            "--concurrency", str(arguments.concurrency or settings.concurrency), "--loglevel", settings.log_level,
-            "--without-gossip", "--without-mingle",
-        ])  # fmt: skip
-    return True
-
-
-def scheduler(arguments: Namespace) -> bool:
-    """Look after what was lost, until a signal comes or standard input ends."""
-    stop = threading.Event()
-    with suppress(KeyboardInterrupt), Installation.open() as installation:
-        if arguments.beside:
-            name, _, pid = arguments.beside.rpartition(":")
-            pulse = Pulse(store=installation.store, name=name, pid=int(pid), lease=installation.settings.lease)
-            threading.Thread(target=_set_at_eof, args=(stop,), daemon=True).start()
-            threading.Thread(target=pulse.run, args=(stop,), daemon=True).start()
-        else:  # beside a worker, which has looked, the database may be away for a while
-            require_current(installation.database_url)
-        if installation.retention is not None:
-            threading.Thread(target=installation.retention.run, args=(stop,), daemon=True).start()
-        installation.recovery.run(stop, installation.settings.sweep)
-    return True
-
-
-def _set_at_eof(stop: threading.Event) -> None:
-    while os.read(sys.stdin.fileno(), 4096):  # not `sys.stdin`: its buffer's lock would be missed at the interpreter's end
-        pass
-    stop.set()
-
-
-def flower(arguments: Namespace) -> bool:
-    """Run Flower."""
-    with Installation.open() as installation:
-        settings = installation.settings
-        auth = [f"--basic-auth={','.join(settings.flower_basic_auth)}"] if settings.flower_basic_auth else []
-        installation.worker_app.start([
-            "flower", f"--address={settings.flower_address}", f"--port={settings.flower_port}", "--max-tasks=20000", *auth,
-        ])  # fmt: skip
-    return True
-
-
-def db(arguments: Namespace) -> bool:
-    """Show or upgrade the schema."""
-    with Installation.open() as installation:
-        url, wanted = installation.database_url, migrations()[-1].version
-        if arguments.action == "upgrade":
-            for step in upgrade(url):
-                print(f"upgraded to {step.version} ({step.name})")
-        print(f"schema version {version(url)}, this code needs {wanted}")
-        require_current(url)
-    return True
 
 
 def validate(arguments: Namespace) -> bool:
@@ -215,7 +132,7 @@ def run(arguments: Namespace) -> bool:
         if arguments.no_wait:
             print(to_json({"execution_id": execution_id}) if arguments.json else execution_id)
             return True
-        _say(execution_id)
+        say(execution_id)
         with _goes_on(execution_id), _workers(engine.installation):
             with _goes_on(execution_id):
                 if arguments.json:
@@ -223,7 +140,21 @@ def run(arguments: Namespace) -> bool:
                 else:
                     execution = watch(engine, execution_id, _console(), arguments.timeout)
             _show(execution, as_json=arguments.json)
+            if not arguments.json:
+                for line in _answers(engine, execution):
+                    print(line)
     return execution.status is ExecutionStatus.SUCCESS
+
+
+def _answers(engine: WorkflowEngine, execution: Execution) -> Iterator[str]:
+    """The results of the tasks that nothing depends on, as far as they are short."""
+    definition = WorkflowDefinition.from_json(engine.installation.store.definition_of(execution.execution_id))
+    needed = {name for task in definition.tasks for name in task.dependencies}
+    for name, result in execution.results.items():
+        if name not in needed and result is not None:
+            text = json.dumps(result, ensure_ascii=False)
+            full = f"... ({len(text):,} characters; `pipeline status {execution.execution_id} --json` has all of it)"
+            yield f"{name}: {text if len(text) <= _ANSWER_LENGTH else text[:_ANSWER_LENGTH] + full}"
 
 
 def status(arguments: Namespace) -> bool:
@@ -246,7 +177,7 @@ def list_(arguments: Namespace) -> bool:
     elif found:
         _console().print(execution_table(found))
     else:
-        _say("no executions")
+        say("no executions")
     return True
 
 
@@ -281,20 +212,6 @@ def mark(arguments: Namespace) -> bool:
     return True
 
 
-def collect_garbage(arguments: Namespace) -> bool:
-    """Forget old executions now."""
-    with Installation.open() as installation:
-        require_current(installation.database_url)
-        retention = installation.retention
-        if retention is None:
-            raise SettingsError("executions are kept for ever: PIPELINE_RETENTION_DAYS says for how long else")
-        forgotten = 0
-        while done := retention.run_once():
-            forgotten += done
-        print(f"{forgotten} executions forgotten")
-    return True
-
-
 def _engine() -> WorkflowEngine:
     return WorkflowEngine()
 
@@ -309,7 +226,7 @@ def _workers(installation: Installation) -> Iterator[None]:
     if somebody_works(installation):
         yield
         return
-    _say("no worker is running: starting one")
+    say("no worker is running: starting one")
     concurrency = installation.settings.concurrency
     with Workers(installation, workers=1, concurrency=concurrency, flower=False, catch_signals=False):
         yield
@@ -364,7 +281,10 @@ def _goes_on(execution_id: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt as exc:
         if not exc.args:
-            _say(f"{execution_id} is recorded and goes on with the next worker; `pipeline cancel {execution_id}` ends it")
+            say(
+                f"{execution_id} is recorded and goes on as soon as a worker runs: `pipeline status {execution_id} --watch`"
+                f" follows it, `pipeline cancel {execution_id}` ends it"
+            )
         raise KeyboardInterrupt(execution_id) from exc
 
 
@@ -372,14 +292,3 @@ def _console() -> Console:
     """Lines keep their length where no terminal breaks them: other programs read them."""
     console = Console()
     return console if console.is_terminal else Console(width=_WIDE)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _without_password(url: str) -> str:
-    head, _, tail = url.partition("://")
-    credentials, at, place = tail.rpartition("@")
-    user, colon, _ = credentials.partition(":")
-    return f"{head}://{user}{':***' if colon else ''}{at}{place}"

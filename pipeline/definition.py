@@ -16,7 +16,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 #: kinds of task that the format has names for and this version does not run yet
 PLANNED_TYPES = ("workflow", "delay", "signal", "approval")
 
-TASK_ID = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$"
+#: a task's message holds its id four times and must stay under 1 KiB
+TASK_ID = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$"
 WORKFLOW_ID = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$"
 
 
@@ -73,7 +74,7 @@ class TaskDefinition(_Value):
     name: str = Field(default="", max_length=255, description="for people; the id where empty")
     type: Literal["task", "workflow", "delay", "signal", "approval"] = Field(default="task", description="kind of task")
     handler: str | None = Field(
-        default=None, min_length=1, max_length=255, description="name of the handler that runs it"
+        default=None, min_length=1, max_length=64, description="name of the handler that runs it"
     )
     params: dict[str, Any] = Field(default_factory=dict, description="input of the handler; strings may hold {{ }}")
     retry_policy: RetryPolicy = Field(default=RetryPolicy(), description="what happens after a failure")

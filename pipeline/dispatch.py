@@ -26,7 +26,7 @@ from pipeline.result_store.store import ResultStore
 log = logging.getLogger(__name__)
 
 #: headers of a Celery message that repeat what the store knows, or that only canvas and stamping use
-_IDLE_HEADERS = ("stamped_headers", "stamps", "replaced_task_nesting", "shadow", "group_index")
+_IDLE_HEADERS = ("stamps", "replaced_task_nesting")
 
 
 class Dispatcher:
@@ -104,7 +104,7 @@ class Dispatcher:
         try:
             self.publish(ready)
         except BrokerUnavailable as exc:
-            log.warning("%s; recovery publishes %d tasks once it is back", exc, len(ready))
+            log.warning("%s; recovery publishes %d %s once it is back", exc, len(ready), "task" if len(ready) == 1 else "tasks")
             return False
         return True
 
@@ -144,13 +144,14 @@ class Dispatcher:
         return (OperationalError, KombuError, OSError, *transport.connection_errors, *transport.channel_errors)
 
     def _message(self, task: ReadyTask) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-        """A Celery message of a few hundred bytes, whatever the workflow's size."""
+        """A Celery message of less than 1 KiB, also for the longest names, whatever the workflow's size."""
         headers, properties, body, _ = self.celery.amqp.create_task_message(
             f"{task.execution_id}_{task.task_id}", task.handler, (task.execution_id, task.task_id, task.epoch),
-            argsrepr=f"({task.execution_id}, {task.task_id}, {task.epoch})", kwargsrepr="{}", ignore_result=True,
+            argsrepr=f"epoch {task.epoch}", kwargsrepr="", ignore_result=True,  # the id says the rest
             time_limit=task.timeout + 2 * self.hard_limit, root_id=task.execution_id, origin="pipeline",
         )  # fmt: skip
-        return body, {k: v for k, v in headers.items() if k not in _IDLE_HEADERS}, properties
+        said = {k: v for k, v in headers.items() if v is not None and k not in _IDLE_HEADERS}
+        return body, said, properties
 
 
 def _unavailable(exc: BaseException) -> BrokerUnavailable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -95,11 +96,11 @@ def _watch_live(pictures: Iterator[Execution], console: Console) -> Execution:
 
 
 def _watch_plain(pictures: Iterator[Execution], console: Console) -> Execution:
-    seen: dict[str, tuple[TaskStatus, int]] = {}
+    seen: dict[str, tuple[TaskStatus, int, bool]] = {}
     for execution in pictures:
         for task in execution.tasks.values():
-            state = (task.status, task.attempt)
-            if seen.get(task.task_id, (TaskStatus.PENDING, 0)) != state:
+            state = (task.status, task.attempt, task.unserved)
+            if seen.get(task.task_id, (TaskStatus.PENDING, 0, False)) != state:
                 seconds = duration(task)
                 took = f" in {seconds:.2f} s" if seconds is not None else ""
                 remark = _remark(task)
@@ -140,7 +141,9 @@ def _status(status: TaskStatus | ExecutionStatus, *, paused: bool = False) -> Te
 
 def _remark(task: TaskExecution) -> str:
     """The one thing to say of a task: its error, or how far it is."""
-    if task.error_message and task.status is not TaskStatus.SUCCESS:
+    if task.unserved:
+        return f"no running worker has the handler {task.handler}: start one with PIPELINE_HANDLERS naming its module"
+    if task.error_message:  # of a success: who marked it so
         lost = f", lost its worker {task.losses} times" if task.losses else ""
         return _first_line(task.error_message) + lost
     if task.status is TaskStatus.RUNNING and task.progress is not None:
@@ -157,3 +160,8 @@ def _most_telling(tasks: list[TaskExecution], limit: int) -> list[TaskExecution]
     rank = {TaskStatus.RUNNING: 0, TaskStatus.FAILED: 0, TaskStatus.RETRY: 1, TaskStatus.SUCCESS: 2}
     chosen = sorted(range(len(tasks)), key=lambda i: (rank.get(tasks[i].status, 3), i))[:limit]
     return [tasks[i] for i in sorted(chosen)]
+
+
+def say(text: str) -> None:
+    """A line for the person at the terminal, beside what standard output is for."""
+    print(text, file=sys.stderr, flush=True)

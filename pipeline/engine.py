@@ -20,6 +20,8 @@ from pipeline.validation import validate, validate_input
 
 #: seconds between two looks of a waiter that heard nothing: notifications are the fast way, this is the sure one
 _POLL = 5.0
+#: characters of a user's name or an idempotency key
+_TEXT_LENGTH = 255
 
 #: what a workflow can be given as: a model, a dict, a parsed file, or the id (`id` or `id@version`) of a registered one
 Workflow = WorkflowDefinition | Mapping[str, Any] | Document | str
@@ -83,6 +85,9 @@ class WorkflowEngine:
             DatabaseUnavailable: the execution may not be recorded.
         """
         _require_text(user_id=user_id, idempotency_key=idempotency_key)
+        if input_data is not None and not isinstance(input_data, Mapping):
+            what = f"is a {type(input_data).__name__}, not a mapping"
+            raise InputError((Problem(path="", what=what, source="<input>"),))
         data = dict(input_data or {})
         store = self.installation.store if connection is None else self.installation.store.within(connection)
         key: int | None
@@ -260,8 +265,8 @@ class WorkflowEngine:
         return definition, self._keys[definition.digest]
 
     def _registered(self, name: str) -> tuple[WorkflowDefinition, int]:
-        workflow_id, _, version = name.partition("@")
-        key, text = self.installation.store.find_definition(workflow_id, version or None)
+        workflow_id, at, version = name.partition("@")
+        key, text = self.installation.store.find_definition(workflow_id, version if at else None)
         return WorkflowDefinition.from_json(text), key
 
     def close(self) -> None:
@@ -278,12 +283,17 @@ class WorkflowEngine:
 
 
 def _require_text(**texts: str | None) -> None:
-    """Refuse what Postgres cannot hold.
+    """Refuse what Postgres cannot hold, or nobody would mean.
 
     Raises:
-        InputError: a text has a NUL character.
+        InputError: a text is too long, or has a character that cannot be stored.
     """
-    wrong = [Problem(path=name, what="has a NUL character") for name, text in texts.items() if text and "\0" in text]
+    wrong = []
+    for name, text in texts.items():
+        if text and ("\0" in text or any("\ud800" <= c <= "\udfff" for c in text)):
+            wrong.append(Problem(path=name, what="has a character that cannot be stored (NUL, or half a surrogate pair)"))
+        if text and len(text) > _TEXT_LENGTH:
+            wrong.append(Problem(path=name, what=f"has {len(text):,} characters, more than {_TEXT_LENGTH}"))
     if wrong:
         raise InputError(tuple(wrong))
 

@@ -37,6 +37,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+_YEAR = 31_536_000
+
 
 class PipelineError(Exception):
     """Base of all errors of this package: catch it to catch them all."""
@@ -119,7 +121,7 @@ class HandlerImportError(PipelineError):
     def __str__(self) -> str:
         return (
             f"handlers of module {self.module!r} cannot be loaded: {self.reason};"
-            " mend the module or take it out of PIPELINE_HANDLERS"
+            " mend the module, say where it is (PYTHONPATH, or start in its folder), or take it out of PIPELINE_HANDLERS"
         )
 
 
@@ -242,6 +244,8 @@ class Retry(Verdict):
     """
 
     def __init__(self, message: str = "", after: float | None = None) -> None:
+        if after is not None and not 0 <= after <= _YEAR:
+            raise ValueError(f"Retry(after={after!r}): seconds from 0 to {_YEAR:,} (a year)")
         super().__init__(message, after)
         self.message, self.after = message, after
 

@@ -23,7 +23,6 @@ from functools import lru_cache, partial
 from typing import Any
 
 from billiard.common import terminate_handler_fired
-from billiard.process import current_process
 from celery import Task
 from celery.exceptions import Ignore, TaskPredicate
 from celery.exceptions import Retry as CeleryRetry
@@ -177,7 +176,9 @@ class Executor:
         """
         execution_id, task_id, epoch = _read(message)
         worker_id = self.attendant.worker_id()
-        claim = self.store.claim(execution_id=execution_id, task_id=task_id, epoch=epoch, worker_id=worker_id)
+        claim = self.store.claim(
+            execution_id=execution_id, task_id=task_id, epoch=epoch, worker_id=worker_id, handler=task.name
+        )
         if claim is None:
             log.debug("message for task %s of %s (epoch %s) is stale", task_id, execution_id, epoch)
             raise Ignore
@@ -238,8 +239,9 @@ class Executor:
             raise Ignore from outage
         try:
             return attempt.attendance.run(lambda: self._call(handler, attempt, merged))
-        except (SystemExit, KeyboardInterrupt, GeneratorExit, asyncio.CancelledError, TaskPredicate) as exc:
-            if terminate_handler_fired():  # the worker goes down, and the task is given back
+        except BaseException as exc:
+            of_the_task = isinstance(exc, Exception) and not isinstance(exc, TaskPredicate)
+            if of_the_task or terminate_handler_fired():  # then the worker goes down, and the task is given back
                 raise
             raise RuntimeError(f"the handler raised {exc!r}, which says nothing about its task") from exc
 
@@ -275,7 +277,9 @@ class Executor:
             arguments[handler.context_parameter] = self._context(attempt)
         returned = handler.function(**arguments)
         if inspect.iscoroutine(returned):
-            returned = asyncio.run(returned)
+            with asyncio.Runner() as runner:
+                attempt.attendance.take_loop(runner.get_loop())
+                returned = runner.run(returned)
         return recordable(returned, self.redactor, self.policy.max_result_bytes)
 
     def _context(self, attempt: Attempt) -> Context:
@@ -393,8 +397,3 @@ def _text(exc: BaseException) -> str:
         return str(exc) or type(exc).__name__
     except Exception:
         return f"{type(exc).__name__} (its message cannot be read)"
-
-
-def in_pool_child() -> bool:
-    """Whether this process is one of a prefork pool's, which its parent replaces when it dies."""
-    return bool(current_process().name != "MainProcess")

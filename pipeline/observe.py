@@ -73,6 +73,8 @@ def duration(task: TaskExecution) -> float | None:
     """Seconds that the last attempt took; None where it has not ended, or never ran."""
     if task.started_at is None or task.finished_at is None or task.status not in TERMINAL_TASKS:
         return None
+    if task.status is TaskStatus.SUCCESS and task.error_message:  # somebody marked it so, later
+        return None
     return (task.finished_at - task.started_at).total_seconds()
 
 

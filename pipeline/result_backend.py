@@ -47,7 +47,7 @@ class StoreBackend(BaseBackend):  # type: ignore[misc]
 
     def _get_task_meta_for(self, task_id: str) -> dict[str, Any]:
         execution_id, task = task_id[:_EXECUTION_ID_LENGTH], task_id[_EXECUTION_ID_LENGTH + 1 :]
-        found = self.store.get_task(execution_id, task)
+        found = self.store.get_task(execution_id, task) if task_id.isprintable() else None
         if found is None:
             return {"status": states.PENDING, "result": None}
         state = _CELERY_STATES[found.status]

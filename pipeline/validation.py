@@ -44,7 +44,6 @@ def check(
     data = dict(document.data)
     listed = data.pop("tasks", None)
     header = _header(found, data, limits)
-    schema = data.get("input_schema") if header is not None else None
     if not isinstance(listed, list | tuple) or not listed:
         found.add(("tasks",), "tasks must be a list of at least one task", "write `tasks:` and `- id: name` below")
         return None, found.sorted()
@@ -52,7 +51,7 @@ def check(
         found.add(("tasks",), f"{len(listed)} tasks, above the limit of {limits.tasks}", "split the workflow")
         return None, found.sorted()
     tasks = [_task(found, task, ("tasks", index), limits) for index, task in enumerate(listed)]
-    Contents(found, tasks, data.get("variables", {}), schema, catalogue).check()
+    Contents(found, tasks, data.get("variables", {}), data.get("input_schema"), catalogue).check()
     problems = found.sorted()
     if problems or header is None:
         return None, problems

@@ -18,6 +18,7 @@ from contextlib import suppress
 from typing import Any
 
 from billiard import pool as billiard_pool
+from billiard.process import current_process
 from celery import Celery, bootsteps
 from celery.concurrency import prefork
 from celery.signals import (
@@ -204,3 +205,8 @@ class RecoveryBeside(bootsteps.StartStopStep):  # type: ignore[misc]
         process.stdin.close()
 
     terminate = stop
+
+
+def in_pool_child() -> bool:
+    """Whether this process is one of a prefork pool's, which its parent replaces when it dies."""
+    return bool(current_process().name != "MainProcess")

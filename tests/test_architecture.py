@@ -76,11 +76,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine": {"app", "builder", "catalogue", "compiler", "definition", "document", "observe", "validation", "config", *RUN},
     "local": {"app", "errors", "stack"},
     "display": {"engine", "errors", "observe", "result_store.rows", "states"},
+    "processes": {"app", "display", "errors", "local", "pulse", "result_store.migrations"},
     "commands": {
         "app", "catalogue", "compiler", "definition", "display", "document", "drawing", "engine", "errors", "handler", "local",
         "observe", "pulse", "recovery", "result_store.migrations", "stack", "states", "validation", "config",
     },
-    "cli": {"app", "commands", "drawing", "engine", "errors", "local", "states"},
+    "cli": {"app", "commands", "processes", "drawing", "engine", "errors", "local", "states"},
     "testing.fault": set(),
     "testing.ledger": {"result_store.rows"},
     "testing.handlers": {"errors", "handler", "testing.ledger"},

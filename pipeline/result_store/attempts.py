@@ -21,11 +21,11 @@ class _Result:
 class Attempts(Door):
     """What workers do with tasks."""
 
-    def claim(self, *, execution_id: str, task_id: str, epoch: int, worker_id: int) -> rows.Claim | None:
+    def claim(self, *, execution_id: str, task_id: str, epoch: int, worker_id: int, handler: str) -> rows.Claim | None:
         """Take a task for an incarnation; None: the message was stale, nothing is to be run."""
         return self._one(
             "claim_task", rows.Claim, execution_id=execution_id, task_id=task_id, epoch=epoch, worker_id=worker_id,
-            hard_limit=self.hard_limit * 3,
+            handler=handler, hard_limit=self.hard_limit * 3,
         )  # fmt: skip
 
     def state(self, execution_id: str) -> rows.State:

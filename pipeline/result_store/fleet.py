@@ -28,9 +28,11 @@ class _Flag:
 class Fleet(Door):
     """Workers, and what is left when they are gone."""
 
-    def start_worker(self, *, name: str, pid: int, lease: float) -> int:
-        """A new incarnation; returns its id."""
-        found = self._one("start_worker", _Worker, name=name, pid=pid, lease=timedelta(seconds=lease))
+    def start_worker(self, *, name: str, pid: int, lease: float, handlers: Sequence[str] = ()) -> int:
+        """A new incarnation, with the handlers that it knows; returns its id."""
+        found = self._one(
+            "start_worker", _Worker, worker_name=name, pid=pid, handlers=list(handlers), lease=timedelta(seconds=lease)
+        )
         assert found is not None  # an INSERT returns its row
         return found.worker_id
 

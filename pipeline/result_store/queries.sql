@@ -57,7 +57,7 @@ SELECT t.execution_id, t.task_id, t.epoch, t.handler, w.timeout
 
 -- claim_task --
 -- Take a task for this worker's incarnation; no row where the message was stale.
-SELECT * FROM pipeline.claim_task(%(execution_id)s, %(task_id)s, %(epoch)s, %(worker_id)s, %(hard_limit)s)
+SELECT * FROM pipeline.claim_task(%(execution_id)s, %(task_id)s, %(epoch)s, %(worker_id)s, %(handler)s, %(hard_limit)s)
 
 -- execution_state --
 -- What every task of an execution may read.
@@ -97,7 +97,8 @@ UPDATE pipeline.task_executions SET progress = %(percent)s, progress_message = %
 
 -- start_worker --
 -- A new incarnation.
-INSERT INTO pipeline.workers (name, pid, expires_at) VALUES (%(name)s, %(pid)s, pipeline.clock() + %(lease)s)
+INSERT INTO pipeline.workers (name, pid, handlers, expires_at)
+VALUES (%(worker_name)s, %(pid)s, %(handlers)s, pipeline.clock() + %(lease)s)
 RETURNING worker_id
 
 -- renew_worker --
@@ -239,7 +240,10 @@ SELECT e.execution_id, e.workflow_id, d.version, d.digest, e.status, e.verdict, 
 -- Its tasks, in topological order.
 SELECT t.task_id, t.handler, t.status, t.epoch, t.attempt, t.retries, t.losses, t.ready_at, t.started_at,
        t.finished_at, t.progress, t.progress_message, t.result, t.error_type, t.error_message, t.error_traceback,
-       CASE WHEN t.status = 'retry' THEN nullif(t.due_at, 'infinity') END AS retry_at, k.name AS worker
+       CASE WHEN t.status = 'retry' THEN nullif(t.due_at, 'infinity') END AS retry_at, k.name AS worker,
+       t.status IN ('pending', 'retry') AND t.due_at IS NOT NULL AND NOT EXISTS (
+           SELECT 1 FROM pipeline.workers l
+            WHERE l.expires_at > pipeline.clock() AND l.handlers @> ARRAY[t.handler]) AS unserved
   FROM pipeline.task_executions t
   JOIN pipeline.workflow_executions e USING (execution_id)
   JOIN pipeline.workflow_tasks w ON w.definition_id = e.definition_id AND w.task_id = t.task_id

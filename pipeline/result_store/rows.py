@@ -150,6 +150,8 @@ class TaskExecution:
     #: when a task in state retry is due again
     retry_at: datetime | None
     worker: str | None
+    #: ready, and no worker that runs has its handler
+    unserved: bool
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "status", TaskStatus(self.status))  # the driver gives text

@@ -169,6 +169,7 @@ CREATE TABLE pipeline.workers (
     worker_id     bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     name          text NOT NULL,
     pid           int NOT NULL,
+    handlers      text[] NOT NULL DEFAULT '{}',     -- that it knows
     started_at    timestamptz NOT NULL DEFAULT pipeline.clock(),
     heartbeat_at  timestamptz NOT NULL DEFAULT pipeline.clock(),
     expires_at    timestamptz NOT NULL
@@ -219,7 +220,7 @@ BEGIN
         SELECT p_execution, t.task_id, t.handler,
                CASE WHEN t.waits_for = '{}' THEN pipeline.clock() END,
                CASE WHEN t.waits_for = '{}' THEN pipeline.clock() + p_grace END,
-               CASE WHEN t.waits_for = '{}' THEN 1 ELSE 0 END
+               CASE WHEN t.waits_for = '{}' AND p_grace > '0' THEN 1 ELSE 0 END
           FROM pipeline.workflow_tasks t WHERE t.definition_id = p_definition ORDER BY t.number;
     INSERT INTO pipeline.join_counters (execution_id, number, remaining)
         SELECT p_execution, h.number, cardinality(h.tasks)
@@ -230,7 +231,7 @@ END $$;
 -- Give the task to a worker's incarnation, or return no row: the message was stale, doubled or forged, or the
 -- execution takes no claims. A repeat of a claim whose answer was lost gives the same row again.
 CREATE FUNCTION pipeline.claim_task(
-    p_execution text, p_task text, p_epoch int, p_worker bigint, p_hard_limit interval
+    p_execution text, p_task text, p_epoch int, p_worker bigint, p_handler text, p_hard_limit interval
 ) RETURNS TABLE (definition_id bigint, epoch int, attempt int, retries int, params jsonb) LANGUAGE plpgsql AS $$
 DECLARE
     x record;
@@ -251,14 +252,14 @@ BEGIN
                    SELECT w.timeout FROM pipeline.workflow_tasks w
                     WHERE w.definition_id = x.definition_id AND w.task_id = p_task))
          WHERE t.execution_id = p_execution AND t.task_id = p_task AND t.epoch = p_epoch
-           AND t.status IN ('pending', 'retry') AND t.due_at IS NOT NULL
+           AND t.handler = p_handler AND t.status IN ('pending', 'retry') AND t.due_at IS NOT NULL
            AND EXISTS (SELECT 1 FROM pipeline.workers k
                         WHERE k.worker_id = p_worker AND k.expires_at > pipeline.clock())
         RETURNING x.definition_id, t.epoch, t.attempt, t.retries, t.params;
     IF NOT FOUND THEN
         RETURN QUERY SELECT x.definition_id, t.epoch, t.attempt, t.retries, t.params FROM pipeline.task_executions t
             WHERE t.execution_id = p_execution AND t.task_id = p_task AND t.epoch = p_epoch + 1
-              AND t.status = 'running' AND t.worker_id = p_worker;
+              AND t.handler = p_handler AND t.status = 'running' AND t.worker_id = p_worker;
         RETURN;
     END IF;
     IF x.status IN ('pending', 'retry') THEN

@@ -23,7 +23,8 @@ class ResultStore(Definitions, Executions, Attempts, Fleet):
     def within(self, connection: Connection) -> ResultStore:
         """The same store inside a caller's transaction."""
         return ResultStore(
-            Borrowed(connection), url=self.url, grace=self.grace.total_seconds(),
+            Borrowed(connection), url=self.url,
+            grace=0.0,  # nobody publishes after the caller's commit: recovery does, at its next look
             hard_limit=self.hard_limit.total_seconds(), loss_budget=self.loss_budget,
         )  # fmt: skip
 

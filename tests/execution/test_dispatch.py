@@ -11,8 +11,10 @@ from typing import Any
 
 import psycopg
 import pytest
+from pydantic import ValidationError
 from severable_line import line
 
+from pipeline.definition import TaskDefinition
 from pipeline.errors import DefinitionConflict, IdempotencyConflict, InputError, WorkflowNotFound
 from pipeline.result_store.rows import ReadyTask
 from pipeline.states import ExecutionStatus
@@ -42,6 +44,33 @@ def test_message_has_a_constant_size_whatever_the_workflow_and_its_input(site: S
         site.engine.installation.celery.control.purge()
         sizes.append(len(message))
     assert sizes[0] == sizes[1] < 1024
+
+
+def test_message_of_the_longest_names_that_a_definition_may_hold_stays_under_a_kibibyte(site: Site) -> None:
+    longest = ReadyTask(
+        execution_id="exec-0123456789ab", task_id="t" * 64, epoch=2**31 - 1, handler="h" * 64, timeout=604_800.0
+    )
+    assert TaskDefinition(id=longest.task_id, handler=longest.handler)
+    for names in ({"id": longest.task_id + "t"}, {"id": "t", "handler": longest.handler + "h"}):
+        with pytest.raises(ValidationError):
+            TaskDefinition.model_validate(names)
+
+    site.engine.installation.dispatcher.publish([longest])
+
+    (message,) = raw_messages(site)
+    assert len(message) < 1024
+
+
+def test_message_under_another_handlers_name_is_dropped_and_the_task_waits_for_its_own(site: Site) -> None:
+    execution_id = site.engine.execute_workflow(workflow(task("t", "site.add", params={"a": 1})))
+    site.engine.installation.celery.control.purge()
+    forged = ReadyTask(execution_id=execution_id, task_id="t", epoch=0, handler="debug.echo", timeout=5.0)
+    site.engine.installation.dispatcher.publish([forged])
+    with site.worker(concurrency=1):
+        execution = site.engine.wait(execution_id, 60)
+
+    assert execution.status is ExecutionStatus.SUCCESS
+    assert (execution.results["t"], execution.tasks["t"].attempt) == (2, 1)
 
 
 def test_message_holds_only_what_celery_itself_writes_and_names_the_task_by_its_ids(site: Site) -> None:
@@ -202,7 +231,7 @@ def test_forged_messages_do_nothing_and_the_worker_goes_on(busy_site: Site, tmp_
 
 
 def test_submission_with_a_nul_character_is_refused_and_records_nothing(site: Site) -> None:
-    with pytest.raises(InputError, match="idempotency_key: has a NUL character"):
+    with pytest.raises(InputError, match="idempotency_key: has a character that cannot be stored"):
         site.engine.execute_workflow(workflow(task("t")), user_id="ana", idempotency_key="k\0")
 
     assert site.engine.list_executions() == []

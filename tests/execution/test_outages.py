@@ -232,7 +232,7 @@ def test_recovery_declares_nobody_lost_where_the_look_itself_took_the_outage(own
         store, now = site.engine.installation.store, [0.0]
         started = site.engine.execute_workflow(workflow(task("t")))
         worker_id = store.start_worker(name="cut off", pid=1, lease=60)
-        assert store.claim(execution_id=started, task_id="t", epoch=0, worker_id=worker_id)
+        assert store.claim(execution_id=started, task_id="t", epoch=0, worker_id=worker_id, handler="debug.noop")
         store.end_worker(worker_id)
         recovery = Recovery(
             store, site.engine.installation.dispatcher, waiting=lambda: 0, lease=6.0, clock=lambda: now[0]
@@ -250,7 +250,7 @@ def test_recovery_that_looks_more_rarely_than_a_lease_lasts_still_declares_worke
         store, now = site.engine.installation.store, [0.0]
         started = site.engine.execute_workflow(workflow(task("t")))
         worker_id = store.start_worker(name="gone", pid=1, lease=60)
-        assert store.claim(execution_id=started, task_id="t", epoch=0, worker_id=worker_id)
+        assert store.claim(execution_id=started, task_id="t", epoch=0, worker_id=worker_id, handler="debug.noop")
         recovery = Recovery(
             store, site.engine.installation.dispatcher, waiting=lambda: 0, lease=6.0, sweep=10.0, clock=lambda: now[0]
         )

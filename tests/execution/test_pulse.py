@@ -15,7 +15,6 @@ from pipeline.pulse import Pulse
 from pipeline.result_store.store import ResultStore
 from pipeline.states import ExecutionStatus
 
-
 #: whether the process beside the worker keeps leases already
 PULSE = """SELECT EXISTS (SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()
                             AND query LIKE '%pid = ANY%')"""

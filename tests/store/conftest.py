@@ -77,7 +77,9 @@ class Driver:
         """Claim a task with a fresh message."""
         fence = self.fence(execution, task)
         worker = worker or self.worker
-        claim = self.store.claim(execution_id=execution, task_id=task, epoch=fence.epoch, worker_id=worker)
+        claim = self.store.claim(
+            execution_id=execution, task_id=task, epoch=fence.epoch, worker_id=worker, handler="debug.noop"
+        )
         return claim and Fence(execution_id=execution, task_id=task, epoch=claim.epoch, worker_id=worker)
 
     def must_claim(self, execution: str, task: str) -> Fence:

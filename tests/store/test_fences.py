@@ -26,14 +26,22 @@ def ready(drive: Driver) -> str:
 @pytest.mark.parametrize("epoch", [-1, 1, 2, 2**31 - 2])
 def test_claim_at_a_wrong_epoch_is_refused(drive: Driver, ready: str, epoch: int) -> None:
     before = drive.picture(ready)
-    assert drive.store.claim(execution_id=ready, task_id="a", epoch=epoch, worker_id=drive.worker) is None
+    assert (
+        drive.store.claim(execution_id=ready, task_id="a", epoch=epoch, worker_id=drive.worker, handler="debug.noop")
+        is None
+    )
     assert drive.picture(ready) == before
 
 
 @pytest.mark.parametrize("where", [("exec-none", "a"), (None, "none"), ("", "")])
 def test_claim_of_what_does_not_exist_is_refused(drive: Driver, ready: str, where: tuple[str | None, str]) -> None:
     execution, task = where
-    assert drive.store.claim(execution_id=execution or ready, task_id=task, epoch=0, worker_id=drive.worker) is None
+    assert (
+        drive.store.claim(
+            execution_id=execution or ready, task_id=task, epoch=0, worker_id=drive.worker, handler="debug.noop"
+        )
+        is None
+    )
 
 
 def test_claim_by_an_unknown_worker_is_refused(drive: Driver, ready: str) -> None:
@@ -57,7 +65,10 @@ def test_claim_of_a_running_task_by_another_worker_is_refused(drive: Driver, rea
     fence = drive.must_claim(ready, "a")
     rival = drive.new_worker()
     for epoch in (fence.epoch - 1, fence.epoch):
-        assert drive.store.claim(execution_id=ready, task_id="a", epoch=epoch, worker_id=rival) is None
+        assert (
+            drive.store.claim(execution_id=ready, task_id="a", epoch=epoch, worker_id=rival, handler="debug.noop")
+            is None
+        )
 
 
 def test_claim_hard_limit_and_timeout_make_the_deadline(drive: Driver) -> None:

@@ -294,7 +294,9 @@ def test_retry_counts_and_is_due_after_its_delay(drive: Driver) -> None:
     assert drive.store.take_due(100, first_only=False) == ()
     drive.set_clock(30)
     assert [t.task_id for t in drive.store.take_due(100, first_only=False)] == ["a"]
-    claim = drive.store.claim(execution_id=execution, task_id="a", epoch=task.epoch, worker_id=worker)
+    claim = drive.store.claim(
+        execution_id=execution, task_id="a", epoch=task.epoch, worker_id=worker, handler="debug.noop"
+    )
     assert claim is not None
     assert (claim.attempt, claim.retries) == (2, 1)
     (kept,) = drive.store.get_attempts(execution, "a")

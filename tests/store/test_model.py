@@ -49,7 +49,9 @@ class Model(RuleBasedStateMachine):
 
     def claim(self, execution: str, task: str, epoch: int, worker: int) -> None:
         row = self.store.get_execution(execution)
-        claim = self.store.claim(execution_id=execution, task_id=task, epoch=epoch, worker_id=worker)
+        claim = self.store.claim(
+            execution_id=execution, task_id=task, epoch=epoch, worker_id=worker, handler="debug.noop"
+        )
         if claim is None:
             return
         fence = Fence(execution_id=execution, task_id=task, epoch=claim.epoch, worker_id=worker)

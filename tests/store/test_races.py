@@ -63,7 +63,9 @@ def arena(lone: Driver, connect: Connect) -> Arena:
 
 
 def message(execution: str, task: str, worker: int, epoch: int = 0) -> dict[str, Any]:
-    return {"execution_id": execution, "task_id": task, "epoch": epoch, "worker_id": worker}
+    return {
+        "execution_id": execution, "task_id": task, "epoch": epoch, "worker_id": worker, "handler": "debug.noop",
+    }  # fmt: skip
 
 
 def test_claim_meets_claim_of_the_same_task_one_gets_it(arena: Arena) -> None:
@@ -247,6 +249,18 @@ def test_retry_meets_retry_and_only_one_opens_the_execution(arena: Arena) -> Non
     )
     assert (first, second) == ("failed", "retry")
     assert arena.drive.store.get_execution(execution).run == 2
+
+
+def test_expiry_meets_a_failure_and_is_too_late(arena: Arena) -> None:
+    execution = arena.drive.start({"a": "", "b": ""}, timeout=1000)
+    failing = arena.drive.must_claim(execution, "a")
+    arena.drive.claim(execution, "b")
+    arena.drive.sql("UPDATE pipeline.workflow_executions SET deadline_at = pipeline.clock()")
+    _, expired = arena.meet(
+        lambda store: store.end(failing, "failed", error_message="broken"), lambda store: store.expire_executions(10)
+    )
+    assert expired == 0
+    assert arena.drive.message(execution) == "task a failed: broken"
 
 
 def test_claim_meets_pause_and_is_refused(arena: Arena) -> None:

@@ -107,7 +107,7 @@ class Subject:
 
     def claim(self, epoch: int) -> Any:
         return self.drive.store.claim(
-            execution_id=self.execution, task_id="a", epoch=epoch, worker_id=self.drive.worker
+            execution_id=self.execution, task_id="a", epoch=epoch, worker_id=self.drive.worker, handler="debug.noop"
         )
 
 

@@ -25,7 +25,7 @@ def task(name: str, status: str = "pending", **more: Any) -> TaskExecution:
         "handler": "debug.noop", "epoch": 1, "attempt": 0 if status == "pending" else 1, "retries": 0, "losses": 0,
         "ready_at": None, "started_at": NOW, "finished_at": NOW + timedelta(seconds=1.234) if done else None,
         "progress": None, "progress_message": None, "result": None, "error_type": None, "error_message": None,
-        "error_traceback": None, "retry_at": None, "worker": None,
+        "error_traceback": None, "retry_at": None, "worker": None, "unserved": False,
     }  # fmt: skip
     return TaskExecution(task_id=name, status=TaskStatus(status), **{**values, **more})
 
