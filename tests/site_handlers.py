@@ -250,9 +250,14 @@ def raise_something(what: str) -> None:
         "ignore": Ignore("mine"),
         "memory": MemoryError("mine"),
         "exit": SystemExit("mine"),
+        "panic": Panic("mine"),
         "odd text": ValueError("mine: nul \0 surrogate \udcff"),
         "unspeakable": Unspeakable("mine"),
     }[what]
+
+
+class Panic(BaseException):
+    """As extensions written in Rust raise."""
 
 
 class Unspeakable(Exception):

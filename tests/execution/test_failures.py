@@ -134,6 +134,7 @@ def test_timeout_of_a_handler_that_then_returns_or_raises_is_a_timeout(busy_site
         ("interrupt", "the handler raised KeyboardInterrupt('mine')"),
         ("ignore", "the handler raised Ignore('mine')"),
         ("exit", "the handler raised SystemExit('mine')"),
+        ("panic", "the handler raised Panic('mine')"),
     ],
 )
 def test_handler_that_raises_what_would_end_the_worker_only_fails(busy_site: Site, what: str, said: str) -> None:

@@ -128,6 +128,19 @@ def test_every_problem_is_reported_with_its_line(line: int, words: str) -> None:
     assert all(problem.source == "nyc.yaml" for problem in found)
 
 
+def test_problem_of_the_header_hides_none_that_input_schema_shows() -> None:
+    definition = {
+        "id": "w", "unknown": 1, "input_schema": {"properties": {"path": {}}},
+        "tasks": [task("a", handler="files.read"), task("b", params={"x": "{{ input.paht }}"})],
+    }  # fmt: skip
+
+    _, found = check(of_data(definition), CATALOGUE)
+
+    text = "\n".join(map(str, found))
+    assert "unknown field" in text
+    assert "input_schema has no property 'paht'" in text
+
+
 def test_problems_are_no_more_than_what_is_wrong() -> None:
     _, found = check(parse_document(BAD, "nyc.yaml", "yaml"), CATALOGUE)
     assert [problem.line for problem in found] == [2, 3, 4, 7, 8, 10, 11, 14, 16, 17, 18, 19, 21, 22, 23, 25, 26, 27]
