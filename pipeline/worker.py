@@ -52,6 +52,7 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
 
         def guarded(message: Any) -> Any:
             try:
+                _check_time_limits(message.headers)  # Celery reads them later, where an error ends the worker
                 return handle(message)
             except Exception as exc:
                 log.warning("a message of the wrong form was dropped: %s: %s", type(exc).__name__, exc)
@@ -59,6 +60,14 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
                     message.reject_log_error(log, self.connection_errors)
 
         return guarded
+
+
+def _check_time_limits(headers: Any) -> None:
+    match headers.get("timelimit"):
+        case None | [None | int() | float(), None | int() | float()]:
+            return
+        case other:
+            raise ValueError(f"time limits {other!r}")
 
 
 def equip(celery: Celery, executor: Executor, *, database_url: str, recovery_beside: bool, drain: float) -> None:
