@@ -188,6 +188,8 @@ class Attendant:
         self._listener: Listener | None = None
         self._next_beat = self._next_look = float("inf")
         self._closing = self._has_signals = False
+        #: set where nothing may start here any more
+        self.leaving = False
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
         self._wake_out.setblocking(False)
@@ -241,6 +243,7 @@ class Attendant:
 
     def hand_back(self) -> int:
         """Stop what runs here, so that it goes back for another worker; returns how many attempts that are."""
+        self.leaving = True
         attempts = list(self._attempts.values())
         for attendance in attempts:
             attendance.stop(HandedBack("its worker is shutting down"))

@@ -9,11 +9,13 @@ import hashlib
 import json
 import logging
 import secrets
+import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from celery import Celery
+from celery import Celery, Task
+from celery.exceptions import Ignore
 from kombu.entity import Queue
 from kombu.exceptions import KombuError, OperationalError
 
@@ -27,6 +29,9 @@ log = logging.getLogger(__name__)
 
 #: headers of a Celery message that repeat what the store knows, or that only canvas and stamping use
 _IDLE_HEADERS = ("stamps", "replaced_task_nesting")
+
+#: seconds that a message waits which a worker at its end gives back
+_MOMENT = 0.2
 
 
 class Dispatcher:
@@ -108,6 +113,15 @@ class Dispatcher:
             return False
         return True
 
+    def give_back(self, execution_id: str, task_id: str, epoch: int, task: Task) -> None:
+        """Publish a message again that came to a worker which is about to end, after a moment for it to do so."""
+        hard_limit, _ = task.request.timelimit or (None, None)
+        timeout = max(0.0, (hard_limit or 0.0) - 2 * self.hard_limit)
+        time.sleep(_MOMENT)
+        self.try_publish([
+            ReadyTask(execution_id=execution_id, task_id=task_id, epoch=epoch, handler=task.name, timeout=timeout)
+        ])  # fmt: skip
+
     def waiting(self) -> int:
         """How many messages the broker holds that no worker has taken yet.
 
@@ -174,3 +188,19 @@ def plan_tasks(definition: WorkflowDefinition, compiled: CompiledWorkflow) -> li
         }
         for number, task_id in enumerate(compiled.order)
     ]
+
+
+def read_message(message: tuple[Any, ...]) -> tuple[str, str, int]:
+    """Execution id, task id and epoch.
+
+    Raises:
+        Ignore: it is not one of ours.
+    """
+    match message:
+        case (str(execution_id), str(task_id), int(epoch)) if (
+            epoch is not True and 0 <= epoch < 2**31 - 1 and (execution_id + task_id).isascii()
+        ):
+            if "\0" not in execution_id + task_id:
+                return execution_id, task_id, epoch
+    log.warning("a message of the wrong form was dropped")
+    raise Ignore

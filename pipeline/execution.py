@@ -32,7 +32,7 @@ from pydantic_core import PydanticSerializationError, to_jsonable_python
 from pipeline.artifacts import ArtifactStore
 from pipeline.attendance import Attendance, Attendant, Cancelled, HandedBack
 from pipeline.definition import RetryPolicy, TaskDefinition, WorkflowDefinition
-from pipeline.dispatch import Dispatcher
+from pipeline.dispatch import Dispatcher, read_message
 from pipeline.errors import (
     DatabaseUnavailable,
     Fail,
@@ -174,7 +174,10 @@ class Executor:
             CeleryRetry: the attempt failed and is due again.
             Exception: what the attempt failed with, after that was recorded.
         """
-        execution_id, task_id, epoch = _read(message)
+        execution_id, task_id, epoch = read_message(message)
+        if self.attendant.leaving:  # nothing starts here any more
+            self.dispatcher.give_back(execution_id, task_id, epoch, task)
+            raise Ignore
         worker_id = self.attendant.worker_id()
         claim = self.store.claim(
             execution_id=execution_id, task_id=task_id, epoch=epoch, worker_id=worker_id, handler=task.name
@@ -373,17 +376,6 @@ def recordable(returned: Any, redactor: Redactor, limit: int) -> Any:
             " write the data with context.artifacts and return the reference"
         )
     return data
-
-
-def _read(message: tuple[Any, ...]) -> tuple[str, str, int]:
-    match message:
-        case (str(execution_id), str(task_id), int(epoch)) if (
-            epoch is not True and 0 <= epoch < 2**31 - 1 and (execution_id + task_id).isascii()
-        ):
-            if "\0" not in execution_id + task_id:
-                return execution_id, task_id, epoch
-    log.warning("a message of the wrong form was dropped")
-    raise Ignore
 
 
 def _bound_name(dependency: str, names: set[str]) -> str | None:

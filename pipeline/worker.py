@@ -95,6 +95,7 @@ def equip(celery: Celery, executor: Executor, *, database_url: str, recovery_bes
 
         def _begin(self, how: str, **_: Any) -> None:
             if how == "Warm":
+                executor.attendant.leaving = True  # of this process; a prefork pool's get nothing new from it
                 signal.signal(signal.SIGTERM, lambda number, frame: self._hand_back())
                 timer = threading.Timer(drain, self._hand_back)
                 timer.daemon = True

@@ -57,7 +57,7 @@ def _pairs() -> dict[str, tuple[str, str]]:
 
 
 #: which pairs a folder's tests run on, where not on all: the command line and the kit are the same on each, and to the
-#: store a broker is nothing
+#: store a broker is nothing; a pool of threads need not meet the second Redis too
 PAIRS = {"acceptance": {"embedded"}, "crash": {"embedded"}, "store": {"embedded", "system"}}
 
 
@@ -65,8 +65,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leave out what would be the same test again."""
     out = []
     for item in items:
-        pair = item.callspec.params.get("servers") if isinstance(item, pytest.Function) and hasattr(item, "callspec") else None
-        if pair is not None and pair not in PAIRS.get(item.path.parent.name, {pair}):
+        given = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        pair, pool = given.get("servers"), given.get("busy_site")
+        if pair is not None and (pair not in PAIRS.get(item.path.parent.name, {pair}) or (pool, pair) == ("threads", "system")):
             out.append(item)
     if out:
         config.hook.pytest_deselected(items=out)
