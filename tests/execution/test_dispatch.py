@@ -29,9 +29,15 @@ def raw_messages(site: Site) -> list[bytes]:
             found: list[bytes] = channel.client.lrange(site.settings.queue, 0, -1)
             return found
         queue = celery.amqp.queues[site.settings.queue].bind(channel)
-        got = []
-        while (message := queue.get(no_ack=True)) is not None:
-            got.append(message.body.encode() + json.dumps([message.headers, message.properties], default=str).encode())
+        got: list[bytes] = []
+
+        def drained() -> bool:  # a quorum queue shows a confirmed message a moment later
+            while (message := queue.get(no_ack=True)) is not None:
+                properties = {k: v for k, v in message.properties.items() if k != "application_headers"}
+                got.append(message.body.encode() + json.dumps([message.headers, properties], default=str).encode())
+            return bool(got)
+
+        site.until(drained)
         return got
 
 
