@@ -61,13 +61,18 @@ def _pairs() -> dict[str, tuple[str, str]]:
 PAIRS = {"acceptance": {"embedded"}, "crash": {"embedded"}, "store": {"embedded", "system"}}
 
 
+#: files whose tests are long and the same on each pair
+ONCE = {"test_pulse.py", "test_limits.py"}
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what would be the same test again."""
     out = []
     for item in items:
         given = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
         pair, pool = given.get("servers"), given.get("busy_site")
-        if pair is not None and (pair not in PAIRS.get(item.path.parent.name, {pair}) or (pool, pair) == ("threads", "system")):
+        pairs = {"embedded"} if item.path.name in ONCE else PAIRS.get(item.path.parent.name, {pair})
+        if pair is not None and (pair not in pairs or (pool, pair) == ("threads", "system")):
             out.append(item)
     if out:
         config.hook.pytest_deselected(items=out)

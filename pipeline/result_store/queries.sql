@@ -125,9 +125,9 @@ SELECT count(*)::int AS count FROM pipeline.workers
 SELECT coalesce(max(worker_id), 0)::int AS count FROM pipeline.workers
 
 -- running_on --
--- What an incarnation is said to run, and whether it should go on.
+-- What an incarnation is said to run, and whether it should stop: never before the verdict, which names the reason.
 SELECT t.execution_id, t.task_id, t.epoch, t.worker_id, t.retries, t.started_at < pipeline.clock() - %(age)s AS settled,
-       e.verdict IS NOT DISTINCT FROM 'cancelled' OR e.deadline_at <= pipeline.clock() AS stop
+       e.verdict IS NOT NULL AND (e.verdict = 'cancelled' OR e.deadline_at <= pipeline.clock()) IS TRUE AS stop
   FROM pipeline.task_executions t JOIN pipeline.workflow_executions e USING (execution_id)
  WHERE t.worker_id = %(worker_id)s AND t.status = 'running'
 

@@ -266,3 +266,18 @@ def test_repeat_of_an_end_is_done_and_another_end_is_stale(drive: Driver, outcom
     assert drive.store.complete(fence, 1).outcome == "stale"
     assert drive.message(execution, "a") == "once"
     assert drive.tasks(execution)["a"] == outcome
+
+
+def test_running_attempt_is_told_to_stop_only_once_the_verdict_names_the_reason(drive: Driver) -> None:
+    execution = drive.start({"a": ""}, timeout=10)
+    drive.set_clock(0)
+    drive.sql("UPDATE pipeline.workflow_executions SET deadline_at = pipeline.clock() + interval '10 s'")
+    worker = drive.new_worker()
+    assert drive.claim(execution, "a", worker=worker)
+
+    drive.set_clock(11)
+    (late,) = drive.store.running_on(worker, age=1)
+    assert drive.sql("SELECT pipeline.expire_execution(%s)", execution) == [(True,)]
+    (expired,) = drive.store.running_on(worker, age=1)
+
+    assert (late.stop, expired.stop) == (False, True)
