@@ -5,11 +5,13 @@ VALIDATE   validation  contents  problems  templates  graph  catalogue
                                               every problem at once, with place and mend
 COMPILE    compiler  drawing  picture         groups and chords, and how they look
 DISPATCH   dispatch                           record an execution, publish what is ready
-EXECUTE    handler  execution  attendance  worker  pulse  artifacts  redaction
-                                              the Celery task around every handler, and what stands beside it
+EXECUTE    handler  execution  turn  payload  artifacts  redaction
+                                              the Celery task around every handler, several of them in a row
+           attendance  attendant  worker  pulse
+                                              what stands beside it: stops it, keeps its lease, hands it back
 RECORD     result_store  result_backend       Postgres is the truth; Celery's view of it
 RECOVER    recovery  retention  beat          publish what was lost, take tasks from lost workers, forget what is old
-OBSERVE    observe  display                   read-only views, and how a terminal shows them
+OBSERVE    observe  display  events           read-only views, how a terminal shows them, and Celery's events
 
 Across the stages: states and errors. On top: engine (the door for programs), cli, commands and processes (the door for
 people),

@@ -10,7 +10,8 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -29,6 +30,9 @@ log = logging.getLogger(__name__)
 
 #: headers of a Celery message that repeat what the store knows, or that only canvas and stamping use
 _IDLE_HEADERS = ("stamps", "replaced_task_nesting")
+
+#: bytes of a message that are names and epochs of tasks; the rest of 1 KiB is what Celery and kombu say in each
+_NAMES_BYTES = 390
 
 #: seconds that a message waits which a worker at its end gives back
 _MOMENT = 0.2
@@ -95,8 +99,8 @@ class Dispatcher:
         try:
             with self.celery.producer_or_acquire() as producer, producer.batch():
                 producer.maybe_declare(queue)
-                for task in ready:
-                    body, headers, properties = self._message(task)
+                for task, others in _messages(ready):
+                    body, headers, properties = self._message(task, others)
                     producer.publish(  # by the default exchange: on Redis any other costs a look-up for each message
                         body, routing_key=queue.name, exchange="",
                         serializer="json", headers=headers, delivery_mode=2, **properties,
@@ -157,13 +161,18 @@ class Dispatcher:
         transport = self.celery.connection_for_write()
         return (OperationalError, KombuError, OSError, *transport.connection_errors, *transport.channel_errors)
 
-    def _message(self, task: ReadyTask) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    def _message(self, task: ReadyTask, others: Sequence[ReadyTask]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         """A Celery message of less than 1 KiB, also for the longest names, whatever the workflow's size."""
+        args: tuple[Any, ...] = (task.execution_id, task.task_id, task.epoch)
+        if others:
+            args = (*args, [value for other in others for value in (other.task_id, other.epoch)])
+        timeout = max(t.timeout for t in (task, *others))
         headers, properties, body, _ = self.celery.amqp.create_task_message(
-            f"{task.execution_id}_{task.task_id}", task.handler, (task.execution_id, task.task_id, task.epoch),
+            f"{task.execution_id}_{task.task_id}", task.handler, args,
             argsrepr=f"epoch {task.epoch}", kwargsrepr="", ignore_result=True,  # the id says the rest
-            time_limit=task.timeout + 2 * self.hard_limit, root_id=task.execution_id, origin="pipeline",
+            time_limit=timeout + 2 * self.hard_limit, root_id=task.execution_id, origin="pipeline",
         )  # fmt: skip
+        body = (*body[:2], {})  # what canvas needs: four times nothing
         said = {k: v for k, v in headers.items() if v is not None and k not in _IDLE_HEADERS}
         return body, said, properties
 
@@ -190,17 +199,59 @@ def plan_tasks(definition: WorkflowDefinition, compiled: CompiledWorkflow) -> li
     ]
 
 
-def read_message(message: tuple[Any, ...]) -> tuple[str, str, int]:
-    """Execution id, task id and epoch.
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    """What a message says: these tasks may be ready."""
+
+    execution_id: str
+    task_id: str
+    epoch: int
+    #: further tasks with the same handler, and their epochs
+    others: tuple[tuple[str, int], ...] = ()
+
+
+def read_message(args: tuple[Any, ...]) -> Message:
+    """A message's arguments.
 
     Raises:
         Ignore: it is not one of ours.
     """
-    match message:
-        case (str(execution_id), str(task_id), int(epoch)) if (
-            epoch is not True and 0 <= epoch < 2**31 - 1 and (execution_id + task_id).isascii()
-        ):
-            if "\0" not in execution_id + task_id:
-                return execution_id, task_id, epoch
+    match tuple(args):
+        case (str(execution_id), str(task_id), int(epoch), *rest) if len(rest) < 2:
+            flat = rest[0] if rest else []
+            if isinstance(flat, list) and len(flat) % 2 == 0:
+                named = ((task_id, epoch), *zip(flat[::2], flat[1::2], strict=True))
+                if _is_name(execution_id) and all(_is_name(task) and _is_epoch(number) for task, number in named):
+                    return Message(execution_id=execution_id, task_id=task_id, epoch=epoch, others=named[1:])
     log.warning("a message of the wrong form was dropped")
     raise Ignore
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value.isascii() and "\0" not in value
+
+
+def _is_epoch(value: Any) -> bool:
+    return isinstance(value, int) and value is not True and value is not False and 0 <= value < 2**31 - 1
+
+
+def _messages(ready: Iterable[ReadyTask]) -> Iterator[tuple[ReadyTask, Sequence[ReadyTask]]]:
+    """Tasks that share a message, the first of them apart; no more of them than its size allows."""
+    by_leader: dict[tuple[str, str], list[ReadyTask]] = {}
+    for task in ready:
+        by_leader.setdefault((task.execution_id, task.led_by or task.task_id), []).append(task)
+    for tasks in by_leader.values():
+        first, others, room = tasks[0], list[ReadyTask](), _room(tasks[0])
+        for task in tasks[1:]:
+            room -= len(f'"{task.task_id}", {task.epoch}, ')
+            if room < 0:
+                yield first, others
+                first, others, room = task, [], _room(task)
+            else:
+                others.append(task)
+        yield first, others
+
+
+def _room(first: ReadyTask) -> float:
+    """Bytes that a message has for others, before base64 makes four of three; its first task's id stands there often."""
+    return (_NAMES_BYTES - 3.5 * len(first.task_id) - len(first.handler)) * 0.74

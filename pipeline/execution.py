@@ -11,13 +11,12 @@ from __future__ import annotations
 import asyncio
 import copy
 import inspect
-import json
 import logging
 import random
-import re
+import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache, partial
 from typing import Any
@@ -27,10 +26,10 @@ from celery import Task
 from celery.exceptions import Ignore, TaskPredicate
 from celery.exceptions import Retry as CeleryRetry
 from pydantic import ValidationError
-from pydantic_core import PydanticSerializationError, to_jsonable_python
 
 from pipeline.artifacts import ArtifactStore
-from pipeline.attendance import Attendance, Attendant, Cancelled, HandedBack
+from pipeline.attendance import Attendance, Cancelled, HandedBack
+from pipeline.attendant import Attendant
 from pipeline.definition import RetryPolicy, TaskDefinition, WorkflowDefinition
 from pipeline.dispatch import Dispatcher, read_message
 from pipeline.errors import (
@@ -45,11 +44,14 @@ from pipeline.errors import (
     TaskTimeout,
     TemplateError,
 )
+from pipeline.events import Reporter
 from pipeline.handler import AttemptLost, Context, Handler
+from pipeline.payload import bound_name, recordable, text_of
 from pipeline.redaction import Redactor
-from pipeline.result_store.rows import Ended, Fence, State
+from pipeline.result_store.rows import NOTHING, Ended, Fence, State
 from pipeline.result_store.store import ResultStore
 from pipeline.templates import render, task_names
+from pipeline.turn import Turns
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +62,6 @@ _STOPPED: dict[type[Exception], str] = {Cancelled: "cancelled", HandedBack: "rel
 #: how much of a traceback is kept, from its end
 _TRACEBACK_LENGTH = 16_384
 _MESSAGE_LENGTH = 8_192
-#: an escaped NUL in JSON text, and not the escaped backslash of a text that reads so
-_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +113,19 @@ class HandlerTask(Task):  # type: ignore[misc]
     retry_backoff = True
     handler: Handler
     executor: Executor
+    #: knows the process that it was given to
+    Request = "pipeline.worker:Request"
+    #: Celery's own tracer of this task, for one run
+    tracer: Callable[..., Any] | None = None
+
+    @property
+    def __trace__(self) -> Callable[..., Any] | None:
+        """What Celery calls with a message; what it sets here is kept as `tracer`."""
+        return None if self.tracer is None else self.executor.turns.tracer(self.name, self.tracer)
+
+    @__trace__.setter
+    def __trace__(self, tracer: Callable[..., Any] | None) -> None:
+        self.tracer = tracer
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What Celery calls with a message's arguments."""
@@ -162,7 +175,9 @@ class Executor:
     ) -> None:  # fmt: skip
         self.store, self.dispatcher, self.policy = store, dispatcher, policy
         self.redactor = Redactor.of(policy.secrets.values())
+        self.reporter = Reporter(dispatcher.celery)
         self.attendant = Attendant(store, lease=lease, hard_limit=hard_limit, name=worker_name, killable=killable)
+        self.turns = Turns(dispatcher, self.attendant, self.reporter)
         self._definition = lru_cache(maxsize=32)(lambda key: WorkflowDefinition.from_json(store.definition(key)))
         self._state = lru_cache(maxsize=64)(store.state)
 
@@ -174,12 +189,20 @@ class Executor:
             CeleryRetry: the attempt failed and is due again.
             Exception: what the attempt failed with, after that was recorded.
         """
-        execution_id, task_id, epoch = read_message(message)
+        read = read_message(message)
+        execution_id, task_id, epoch = read.execution_id, read.task_id, read.epoch
+        turn, worker_id = self.turns.current, self.attendant.worker_id()
+        claim = turn.claim_of(task_id, epoch) if turn is not None else None
         if self.attendant.leaving:  # nothing starts here any more
-            self.dispatcher.give_back(execution_id, task_id, epoch, task)
+            if turn is not None:
+                turn.over = True
+            if claim is not None:
+                fence = Fence(execution_id=execution_id, task_id=task_id, epoch=claim.epoch, worker_id=worker_id)
+                self.store.end(fence, "released", error_type="HandedBack", error_message="its worker is shutting down")
+            else:
+                self.dispatcher.give_back(execution_id, task_id, epoch, task)
             raise Ignore
-        worker_id = self.attendant.worker_id()
-        claim = self.store.claim(
+        claim = claim or self.store.claim(
             execution_id=execution_id, task_id=task_id, epoch=epoch, worker_id=worker_id, handler=task.name
         )
         if claim is None:
@@ -225,8 +248,13 @@ class Executor:
             if shown is exc:
                 raise
             raise shown from None
-        ended = self.store.complete(attempt.fence, result)
-        self._after(attempt.fence, ended)
+        turn = self.turns.current
+        if turn is None:
+            self._after(attempt.fence, self.store.complete(attempt.fence, result))
+            return result
+        ended = self.store.complete(attempt.fence, result, NOTHING if self.attendant.leaving else turn.follow())
+        self._after(attempt.fence, replace(ended, ready=turn.go_on(ended)))
+        self.turns.watch(turn)
         return result
 
     def call(self, handler: Handler, attempt: Attempt) -> Any:
@@ -241,7 +269,10 @@ class Executor:
         except DatabaseUnavailable as outage:  # no failure of the task's: the attempt is found lost and runs again
             raise Ignore from outage
         try:
-            return attempt.attendance.run(lambda: self._call(handler, attempt, merged))
+            began = time.monotonic()
+            result = attempt.attendance.run(lambda: self._call(handler, attempt, merged))
+            self.attendant.note_run(handler.name, time.monotonic() - began)
+            return result
         except BaseException as exc:
             of_the_task = isinstance(exc, Exception) and not isinstance(exc, TaskPredicate)
             if of_the_task or terminate_handler_fired():  # then the worker goes down, and the task is given back
@@ -252,7 +283,7 @@ class Executor:
         """Params, then the execution's input, then the results of dependencies."""
         fence, task, state = attempt.fence, attempt.task, attempt.state
         names = {p.name for p in handler.spec.parameters}
-        taken = {d: _bound_name(d, names) for d in task.dependencies if handler.open_ended or _bound_name(d, names)}
+        taken = {d: bound_name(d, names) for d in task.dependencies if handler.open_ended or bound_name(d, names)}
         mentioned = task_names(task.params)
         results = self.store.results(fence.execution_id, {*taken, *mentioned}) if taken or mentioned else {}
         execution = {
@@ -301,7 +332,7 @@ class Executor:
         lines = traceback.format_exception(exc) if outcome in ("failed", "retry") else []
         ended = self.store.end(
             attempt.fence, outcome, delay=delay, error_type=type(exc).__name__,
-            error_message=self._storable(_text(exc))[:_MESSAGE_LENGTH],
+            error_message=self._storable(text_of(exc))[:_MESSAGE_LENGTH],
             error_traceback=self._storable("".join(lines))[-_TRACEBACK_LENGTH:] or None,
         )  # fmt: skip
         self._after(attempt.fence, ended)
@@ -309,31 +340,29 @@ class Executor:
     def shown(self, exc: Exception) -> Exception:
         """What Celery may log, send as an event and pickle: the exception, or its name and text without secrets."""
         if isinstance(exc, MemoryError) or self.redactor.holds(exc):  # Celery takes a MemoryError for its own
-            return TaskError(f"{type(exc).__name__}: {self._storable(_text(exc))}")
+            return TaskError(f"{type(exc).__name__}: {self._storable(text_of(exc))}")
         return exc
 
     def _storable(self, text: str) -> str:
         """Without secrets, and without what Postgres cannot hold as text."""
         return self.redactor.text(text).replace("\0", "").encode(errors="backslashreplace").decode()
 
-    def lost(self, execution_id: str, task_id: str, epoch: int, exc: BaseException) -> None:
-        """What only the worker's main process learns: the process of an attempt was killed."""
+    def lost(self, pid: int, exc: BaseException) -> None:
+        """What only the worker's main process learns: a process was killed."""
         store = self.attendant.store
-        attempt = store.running_attempt(execution_id, task_id, epoch, self.attendant.name)
-        if attempt is not None:
-            store.end(attempt, "lost", error_type="WorkerLost", error_message=_text(exc))
+        for attempt in store.running_in(self.attendant.name, pid):
+            store.end(attempt, "lost", error_type="WorkerLost", error_message=text_of(exc))
 
-    def timed_out(self, execution_id: str, task_id: str, epoch: int, exc: BaseException) -> None:
-        """What only the worker's main process learns: the hard time limit killed an attempt."""
+    def timed_out(self, pid: int, exc: BaseException) -> None:
+        """What only the worker's main process learns: the hard time limit killed a process."""
         store = self.attendant.store
-        running = store.running_attempt(execution_id, task_id, epoch, self.attendant.name)
-        if running is not None:
-            definition = WorkflowDefinition.from_json(store.definition_of(execution_id))
-            policy = definition.by_id[task_id].retry_policy
+        for running in store.running_in(self.attendant.name, pid):
+            definition = WorkflowDefinition.from_json(store.definition_of(running.execution_id))
+            policy = definition.by_id[running.task_id].retry_policy
             delay = retry_delay(exc, policy, running.retries, random.random())  # noqa: S311
             store.end(
                 running, "failed" if delay is None else "retry", delay=delay or 0.0,
-                error_type="TaskTimeout", error_message=f"did not stop at its timeout and was killed: {_text(exc)}",
+                error_type="TaskTimeout", error_message=f"did not stop at its timeout and was killed: {text_of(exc)}",
             )  # fmt: skip
 
     def _give_up(self, attempt: Attempt, reason: Exception) -> None:
@@ -348,44 +377,3 @@ class Executor:
         if ended.outcome == "stale":
             log.warning("task %s of %s moved on without this attempt", fence.task_id, fence.execution_id)
         self.dispatcher.try_publish(ended.ready)
-
-
-def recordable(returned: Any, redactor: Redactor, limit: int) -> Any:
-    """What a handler returned, as JSON data without secrets.
-
-    Raises:
-        ResultError: it is not JSON, or larger than `limit` bytes.
-    """
-    try:
-        data = redactor.value(to_jsonable_python(returned, inf_nan_mode="constants"))
-        text = json.dumps(data, ensure_ascii=False, allow_nan=False)
-        size = len(text.encode())
-    except (PydanticSerializationError, ValueError, TypeError, RecursionError) as exc:
-        raise ResultError(
-            f"the handler returned a {type(returned).__name__} that is not JSON ({exc});"
-            " return dicts, lists, text, numbers, booleans, None or pydantic models"
-        ) from exc
-    if _NUL.search(text):
-        raise ResultError(
-            "the handler returned text with a NUL character, which Postgres cannot hold; remove it, or write the data"
-            " with context.artifacts and return the reference"
-        )
-    if size > limit:
-        raise ResultError(
-            f"the handler returned {size:,} bytes, the limit is {limit:,} (PIPELINE_MAX_RESULT_BYTES);"
-            " write the data with context.artifacts and return the reference"
-        )
-    return data
-
-
-def _bound_name(dependency: str, names: set[str]) -> str | None:
-    """The parameter that takes a dependency's result: its id, with - read as _ where no parameter is called so."""
-    plain = dependency.replace("-", "_")
-    return dependency if dependency in names else plain if plain in names else None
-
-
-def _text(exc: BaseException) -> str:
-    try:
-        return str(exc) or type(exc).__name__
-    except Exception:
-        return f"{type(exc).__name__} (its message cannot be read)"

@@ -67,13 +67,13 @@ class StoreBackend(BaseBackend):  # type: ignore[misc]
         """Record what happened to an attempt whose process cannot say so itself; a recorded end is left alone."""
         if not isinstance(exc, (TimeLimitExceeded, WorkerLostError, Terminated)):
             return  # the body recorded it, or has nothing to record
-        match getattr(request, "args", None):
-            case (str(execution_id), str(task), int(epoch)) | [str(execution_id), str(task), int(epoch)]:
-                end = self.executor.timed_out if isinstance(exc, TimeLimitExceeded) else self.executor.lost
-                try:
-                    end(execution_id, task, epoch + 1, exc)
-                except Exception as failure:
-                    log.warning("loss of %s not recorded (%s); recovery will find it", task_id, failure)
+        pid = getattr(request, "worker_pid", None)
+        if pid is not None:
+            end = self.executor.timed_out if isinstance(exc, TimeLimitExceeded) else self.executor.lost
+            try:
+                end(pid, exc)
+            except Exception as failure:
+                log.warning("loss of %s not recorded (%s); recovery will find it", task_id, failure)
 
     def mark_as_done(self, *args: Any, **kwargs: Any) -> None:
         """Recorded by the task's body."""

@@ -31,7 +31,7 @@ from celery.signals import (
     worker_shutdown,
     worker_shutting_down,
 )
-from celery.worker import consumer
+from celery.worker import consumer, request
 
 from pipeline.errors import DatabaseUnavailable, PipelineError
 from pipeline.execution import Executor
@@ -43,6 +43,25 @@ log = logging.getLogger(__name__)
 _WATCH_EVERY = 5.0
 
 
+class Request(request.Request):  # type: ignore[misc]
+    """A message that a process of the pool runs: says which one when that is lost."""
+
+    def on_failure(self, *args: Any, **options: Any) -> None:
+        """The process is lost, or the task has failed."""
+        self._context.worker_pid = self.worker_pid
+        super().on_failure(*args, **options)
+
+    def on_timeout(self, soft: bool, timeout: float) -> None:
+        """The process is killed at the hard time limit."""
+        self._context.worker_pid = self.worker_pid
+        super().on_timeout(soft, timeout)
+
+    def send_event(self, type: str, **fields: Any) -> None:  # noqa: A002 - Celery's name
+        """What the process of the pool says itself is not said again."""
+        if type != "task-succeeded":
+            super().send_event(type, **fields)
+
+
 class Consumer(consumer.Consumer):  # type: ignore[misc]
     """Drops a message that cannot be one of Celery's: taken for a broken connection, it would come again for ever."""
 
@@ -52,6 +71,7 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
 
         def guarded(message: Any) -> Any:
             try:
+                self.app.reporter.heed(self.event_dispatcher)
                 _check_time_limits(message.headers)  # Celery reads them later, where an error ends the worker
                 return handle(message)
             except Exception as exc:
@@ -95,7 +115,7 @@ def equip(celery: Celery, executor: Executor, *, database_url: str, recovery_bes
 
         def _begin(self, how: str, **_: Any) -> None:
             if how == "Warm":
-                executor.attendant.leaving = True  # of this process; a prefork pool's get nothing new from it
+                executor.attendant.leave()
                 signal.signal(signal.SIGTERM, lambda number, frame: self._hand_back())
                 timer = threading.Timer(drain, self._hand_back)
                 timer.daemon = True
@@ -107,6 +127,7 @@ def equip(celery: Celery, executor: Executor, *, database_url: str, recovery_bes
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGTERM)
 
+    celery.reporter = executor.reporter
     celery.conf.worker_consumer = Consumer
     celery.steps["worker"].add(SchemaGate)
     celery.steps["worker"].add(Drain)
@@ -115,7 +136,7 @@ def equip(celery: Celery, executor: Executor, *, database_url: str, recovery_bes
         celery.steps["worker"].add(RecoveryBeside)
 
     def take_name(sender: str, **_: Any) -> None:
-        executor.attendant.name = sender
+        executor.attendant.name = executor.reporter.node = sender
 
     def redact(logger: logging.Logger, **_: Any) -> None:
         for handler in logger.handlers:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 from pipeline.errors import ExecutionNotFound
 from pipeline.result_store import rows
-from pipeline.result_store.door import Count, Door, EndedRow, ended_of, fence_of, jsonb
+from pipeline.result_store.door import CompletedRow, Count, Door, EndedRow, claimed_of, ended_of, fence_of, jsonb
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +40,24 @@ class Attempts(Door):
         found = self._all("results_of", _Result, execution_id=execution_id, task_ids=list(task_ids))
         return {row.task_id: row.result for row in found}
 
-    def complete(self, fence: rows.Fence, result: Any) -> rows.Ended:
-        """Record a success."""
-        ended = ended_of(
-            self._all("complete_task", EndedRow, **fence_of(fence), result=jsonb(result), grace=self.grace)
-        )
-        return self.end(fence, "success", result=result) if ended.outcome == "again" else ended
+    def complete(self, fence: rows.Fence, result: Any, follow: rows.Follow = rows.NOTHING) -> rows.Ended:
+        """Record a success and claim what its worker goes on with, as far as `follow` allows."""
+        found = self._all(
+            "complete_task", CompletedRow, **fence_of(fence), result=jsonb(result), grace=self.grace, room=follow.room,
+            next_task=follow.task_id, next_epoch=follow.epoch, handler=follow.handler, hard_limit=self.hard_limit * 3,
+        )  # fmt: skip
+        if found[0].outcome == "again":
+            return self.end(fence, "success", result=result)
+        return ended_of(found, claimed_of(found[0]))
+
+    def scatter(self, execution_id: str, tasks: Mapping[str, int]) -> tuple[rows.ReadyTask, ...]:
+        """Give each of these tasks (id to epoch) a message of its own; what is claimed or over by now is left out."""
+        return tuple(
+            self._all(
+                "scatter", rows.ReadyTask, execution_id=execution_id, task_ids=list(tasks),
+                epochs=list(tasks.values()), grace=self.grace,
+            )
+        )  # fmt: skip
 
     def end(
         self, fence: rows.Fence, outcome: str, *, result: Any = None, error_type: str | None = None,
@@ -61,11 +73,9 @@ class Attempts(Door):
             )
         )  # fmt: skip
 
-    def running_attempt(self, execution_id: str, task_id: str, epoch: int, worker: str) -> rows.Attempt | None:
-        """The fence of a running task, where it is still at this epoch and with the worker of this name."""
-        return self._one(
-            "running_attempt", rows.Attempt, execution_id=execution_id, task_id=task_id, epoch=epoch, worker=worker
-        )
+    def running_in(self, worker: str, pid: int) -> list[rows.Attempt]:
+        """The fences of what a process of the worker of this name is said to run."""
+        return self._all("running_in", rows.Attempt, worker=worker, pid=pid)
 
     def set_progress(self, fence: rows.Fence, percent: float, message: str) -> None:
         """Show how far an attempt is."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -61,19 +62,47 @@ class EndedRow:
     epoch: int | None
     handler: str | None
     timeout: float | None
+    led_by: str | None
 
 
-def ended_of(found: list[EndedRow]) -> rows.Ended:
+@dataclass(frozen=True, kw_only=True)
+class CompletedRow(EndedRow):
+    """The same of a success, and what was claimed after it."""
+
+    next_definition: int | None
+    next_task: str | None
+    next_handler: str | None
+    next_epoch: int | None
+    next_attempt: int | None
+    next_retries: int | None
+    next_params: dict[str, Any] | None
+
+
+def ended_of(found: Sequence[EndedRow], claimed: rows.Claim | None = None) -> rows.Ended:
     """The outcome with all tasks that it made ready."""
     ready = tuple(
         rows.ReadyTask(
-            execution_id=r.execution_id, task_id=r.task_id, epoch=r.epoch, handler=r.handler, timeout=r.timeout
+            execution_id=r.execution_id, task_id=r.task_id, epoch=r.epoch, handler=r.handler, timeout=r.timeout,
+            led_by=r.led_by,
         )
         for r in found
         if r.execution_id is not None and r.task_id is not None and r.epoch is not None
         and r.handler is not None and r.timeout is not None
     )  # fmt: skip
-    return rows.Ended(outcome=found[0].outcome, changed=found[0].changed, ready=ready)
+    return rows.Ended(outcome=found[0].outcome, changed=found[0].changed, ready=ready, next=claimed)
+
+
+def claimed_of(row: CompletedRow) -> rows.Claim | None:
+    """What was claimed after a success."""
+    if (
+        row.next_definition is None or row.next_task is None or row.next_handler is None or row.next_epoch is None
+        or row.next_attempt is None or row.next_retries is None
+    ):  # fmt: skip
+        return None
+    return rows.Claim(
+        definition_id=row.next_definition, task_id=row.next_task, handler=row.next_handler, epoch=row.next_epoch,
+        attempt=row.next_attempt, retries=row.next_retries, params=row.next_params,
+    )  # fmt: skip
 
 
 def fence_of(fence: rows.Fence) -> dict[str, Any]:

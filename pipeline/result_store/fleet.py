@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -36,9 +36,13 @@ class Fleet(Door):
         assert found is not None  # an INSERT returns its row
         return found.worker_id
 
-    def renew_worker(self, worker_id: int, lease: float) -> bool:
-        """Renew the lease; False: the incarnation is not known any more."""
-        return self._one("renew_worker", _Worker, worker_id=worker_id, lease=timedelta(seconds=lease)) is not None
+    def renew_worker(self, worker_id: int, lease: float, slow: Iterable[str] | None = None) -> bool:
+        """Renew the lease and say whose runs are long; False: the incarnation is not known any more."""
+        found = self._one(
+            "renew_worker", _Worker, worker_id=worker_id, lease=timedelta(seconds=lease),
+            slow=None if slow is None else sorted(slow),
+        )  # fmt: skip
+        return found is not None
 
     def renew_workers(self, name: str, pids: Sequence[int], lease: float) -> int:
         """Renew the leases that run of a worker's processes; returns how many those were."""

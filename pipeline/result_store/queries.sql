@@ -48,7 +48,7 @@ SELECT * FROM pipeline.create_execution(
 
 -- ready_tasks --
 -- The tasks of an execution that wait for a worker, as a publisher needs them.
-SELECT t.execution_id, t.task_id, t.epoch, t.handler, w.timeout
+SELECT t.execution_id, t.task_id, t.epoch, t.handler, w.timeout, t.led_by
   FROM pipeline.task_executions t
   JOIN pipeline.workflow_executions e USING (execution_id)
   JOIN pipeline.workflow_tasks w ON w.definition_id = e.definition_id AND w.task_id = t.task_id
@@ -71,9 +71,18 @@ SELECT task_id, result FROM pipeline.task_executions
  WHERE execution_id = %(execution_id)s AND task_id = ANY (%(task_ids)s)
 
 -- complete_task --
--- Record a success along the straight path.
-SELECT c.outcome, r.* FROM pipeline.complete_task(
-    %(execution_id)s, %(task_id)s, %(epoch)s, %(worker_id)s, %(result)s, %(grace)s) c LEFT JOIN unnest(c.ready) r ON true
+-- Record a success along the straight path, and claim what this worker goes on with.
+SELECT c.outcome, (c.next).definition_id AS next_definition, (c.next).task_id AS next_task, (c.next).handler AS next_handler,
+       (c.next).epoch AS next_epoch, (c.next).attempt AS next_attempt, (c.next).retries AS next_retries,
+       (c.next).params AS next_params, r.*
+  FROM pipeline.complete_task(
+    %(execution_id)s, %(task_id)s, %(epoch)s, %(worker_id)s, %(result)s, %(grace)s,
+    %(room)s, %(next_task)s, %(next_epoch)s, %(handler)s, %(hard_limit)s) c
+  LEFT JOIN unnest(c.ready) r ON true
+
+-- scatter --
+-- A message of its own for each of these tasks.
+SELECT * FROM pipeline.scatter(%(execution_id)s, %(task_ids)s, %(epochs)s, %(grace)s)
 
 -- end_task --
 -- Record any end of an attempt along the careful path.
@@ -82,12 +91,11 @@ SELECT c.outcome, r.* FROM pipeline.end_task(
     %(error_type)s, %(error_message)s, %(error_traceback)s, %(delay)s, %(loss_budget)s, %(grace)s) c
   LEFT JOIN unnest(c.ready) r ON true
 
--- running_attempt --
--- The fence of a running task, for whoever learns that its worker is gone.
+-- running_in --
+-- The fences of what a process runs, for whoever learns that it is gone.
 SELECT t.execution_id, t.task_id, t.epoch, t.worker_id, t.retries
   FROM pipeline.task_executions t JOIN pipeline.workers k USING (worker_id)
- WHERE t.execution_id = %(execution_id)s AND t.task_id = %(task_id)s AND t.status = 'running' AND t.epoch = %(epoch)s
-   AND k.name = %(worker)s
+ WHERE t.status = 'running' AND k.name = %(worker)s AND k.pid = %(pid)s
 
 -- set_progress --
 -- Show how far an attempt is; nothing where the fence does not hold.
@@ -103,7 +111,8 @@ RETURNING worker_id
 
 -- renew_worker --
 -- Renew the lease, also one that ran out: what the incarnation ran is either still its own or was taken by a fence.
-UPDATE pipeline.workers SET heartbeat_at = pipeline.clock(), expires_at = pipeline.clock() + %(lease)s
+UPDATE pipeline.workers
+   SET heartbeat_at = pipeline.clock(), expires_at = pipeline.clock() + %(lease)s, slow = coalesce(%(slow)s, slow)
  WHERE worker_id = %(worker_id)s RETURNING worker_id
 
 -- renew_workers --
@@ -178,9 +187,9 @@ SELECT e.execution_id FROM pipeline.workflow_executions e
 SELECT pipeline.expire_execution(%(execution_id)s) AS expired
 
 -- count_published --
--- How many messages the broker should hold: tasks that were published and not claimed.
+-- How many messages the broker should hold: those of tasks that were published and not claimed, or lead others.
 SELECT count(*)::int AS count FROM pipeline.task_executions
- WHERE status IN ('pending', 'retry') AND due_at IS NOT NULL AND hints > 0
+ WHERE status IN ('pending', 'retry') AND due_at IS NOT NULL AND hints > 0 AND led_by IS NULL
 
 -- take_due --
 -- Tasks whose message is to be published (again); with `first_only`, only those that never were.

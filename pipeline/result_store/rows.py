@@ -18,6 +18,8 @@ class ReadyTask:
     epoch: int
     handler: str
     timeout: float
+    #: whose message it shares
+    led_by: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,8 @@ class Claim:
     """A task that is now this worker's."""
 
     definition_id: int
+    task_id: str
+    handler: str
     epoch: int
     attempt: int
     #: retries used so far in this run
@@ -72,6 +76,21 @@ class Running(Attempt):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Follow:
+    """What a worker may go on with once its task has succeeded."""
+
+    #: seconds; no task with a longer timeout may follow, none at all where it is 0
+    room: float
+    #: another task of the same message, for where nothing was released
+    task_id: str | None = None
+    epoch: int | None = None
+    handler: str | None = None
+
+
+NOTHING = Follow(room=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Ended:
     """The answer to a completion."""
 
@@ -80,6 +99,8 @@ class Ended:
     #: false where a mark came too late
     changed: bool = True
     ready: tuple[ReadyTask, ...]
+    #: what the worker goes on with, claimed already
+    next: Claim | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

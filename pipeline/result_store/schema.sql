@@ -126,10 +126,12 @@ CREATE TABLE pipeline.task_executions (
     error_type        text,
     error_message     text,                         -- of a skipped task: why
     error_traceback   text,
+    led_by            text COLLATE "C",             -- whose message it shares; NULL: it has, or needs, one of its own
     PRIMARY KEY (execution_id, task_id),
     CONSTRAINT task_executions_status
         CHECK (status IN ('pending', 'running', 'retry', 'success', 'failed', 'skipped', 'cancelled')),
     CONSTRAINT task_executions_running CHECK (status <> 'running' OR (worker_id IS NOT NULL AND due_at IS NULL)),
+    CONSTRAINT task_executions_led CHECK (led_by IS NULL OR due_at IS NOT NULL),
     CONSTRAINT task_executions_finished
         CHECK ((finished_at IS NOT NULL) = (status IN ('success', 'failed', 'skipped', 'cancelled')))
 ) WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 1000,
@@ -137,7 +139,6 @@ CREATE TABLE pipeline.task_executions (
 CREATE INDEX task_executions_due ON pipeline.task_executions (due_at)
     WHERE status IN ('pending', 'retry') AND due_at IS NOT NULL;
 CREATE INDEX task_executions_running ON pipeline.task_executions (worker_id) WHERE status = 'running';
-CREATE INDEX task_executions_overdue ON pipeline.task_executions (deadline_at) WHERE status = 'running';
 
 -- Attempts that were followed by another one; the last attempt of a task is its row in task_executions.
 CREATE TABLE pipeline.task_attempts (
@@ -172,7 +173,8 @@ CREATE TABLE pipeline.workers (
     handlers      text[] NOT NULL DEFAULT '{}',     -- that it knows
     started_at    timestamptz NOT NULL DEFAULT pipeline.clock(),
     heartbeat_at  timestamptz NOT NULL DEFAULT pipeline.clock(),
-    expires_at    timestamptz NOT NULL
+    expires_at    timestamptz NOT NULL,
+    slow          text[] NOT NULL DEFAULT '{}'      -- of the handlers, those whose last run was a long one
 ) WITH (fillfactor = 50);
 CREATE INDEX workers_expires ON pipeline.workers (expires_at);
 
@@ -192,7 +194,41 @@ CREATE FUNCTION pipeline.lock_key(p_execution text) RETURNS bigint LANGUAGE sql 
 $$ SELECT hashtextextended(p_execution, 20) $$;
 
 -- A task that a worker may claim, as the publisher needs it.
-CREATE TYPE pipeline.ready_task AS (execution_id text, task_id text, epoch int, handler text, timeout double precision);
+CREATE TYPE pipeline.ready_task AS (
+    execution_id text, task_id text, epoch int, handler text, timeout double precision, led_by text);
+
+-- A task that was just claimed, as its worker needs it.
+CREATE TYPE pipeline.claimed_task AS (
+    definition_id bigint, task_id text, handler text, epoch int, attempt int, retries int, params jsonb);
+
+-- Which of the tasks that become ready together share a message: the first of each leads, the others are led by it.
+-- There are as many messages as processes that could run them, each with tasks of one handler and no more of them than
+-- its size allows. Handlers whose runs are long have a message for each task. What is not listed stands alone.
+CREATE FUNCTION pipeline.share(p_definition bigint, p_tasks text[])
+RETURNS TABLE (task_id text, led_by text) LANGUAGE plpgsql STABLE AS $$
+DECLARE
+    size int := 1;
+    slow_ text[];
+BEGIN
+    IF cardinality(p_tasks) > 1 THEN
+        SELECT ceil(cardinality(p_tasks)::float8 / greatest(count(DISTINCT k.worker_id), 1)),
+               array_agg(DISTINCT s.name) FILTER (WHERE s.name IS NOT NULL) INTO size, slow_
+          FROM pipeline.workers k LEFT JOIN LATERAL unnest(k.slow) s (name) ON true
+         WHERE k.expires_at > pipeline.clock();
+    END IF;
+    IF size > 1 THEN
+        RETURN QUERY
+            SELECT m.task_id, m.leader FROM (
+                SELECT d.task_id, first_value(d.task_id) OVER (PARTITION BY d.handler, d.by_count, d.by_size ORDER BY d.number) AS leader
+                  FROM (SELECT w.task_id, w.handler, w.number, (row_number() OVER of_handler - 1) / size AS by_count,
+                               (sum(octet_length(w.task_id) + 8) OVER of_handler - 1) / 256 AS by_size
+                          FROM pipeline.workflow_tasks w
+                         WHERE w.definition_id = p_definition AND w.task_id = ANY (p_tasks)
+                           AND (slow_ IS NULL OR w.handler <> ALL (slow_))
+                        WINDOW of_handler AS (PARTITION BY w.handler ORDER BY w.number)) d) m
+             WHERE m.leader <> m.task_id;
+    END IF;
+END $$;
 
 -- Record an execution of a stored definition with all its tasks and counters. One transaction with whatever the
 -- caller's connection has open. `created` is false where the idempotency key was used before.
@@ -216,25 +252,55 @@ BEGIN
         RETURN;
     END IF;
     INSERT INTO pipeline.workflow_states VALUES (p_execution, p_variables, p_input);
-    INSERT INTO pipeline.task_executions (execution_id, task_id, handler, ready_at, due_at, hints)
+    INSERT INTO pipeline.task_executions (execution_id, task_id, handler, ready_at, due_at, hints, led_by)
         SELECT p_execution, t.task_id, t.handler,
                CASE WHEN t.waits_for = '{}' THEN pipeline.clock() END,
                CASE WHEN t.waits_for = '{}' THEN pipeline.clock() + p_grace END,
-               CASE WHEN t.waits_for = '{}' AND p_grace > '0' THEN 1 ELSE 0 END
-          FROM pipeline.workflow_tasks t WHERE t.definition_id = p_definition ORDER BY t.number;
+               CASE WHEN t.waits_for = '{}' AND p_grace > '0' THEN 1 ELSE 0 END, s.led_by
+          FROM pipeline.workflow_tasks t
+          LEFT JOIN pipeline.share(p_definition, ARRAY(
+              SELECT w.task_id FROM pipeline.workflow_tasks w WHERE w.definition_id = p_definition AND w.waits_for = '{}')) s
+            ON p_grace > '0' AND s.task_id = t.task_id
+         WHERE t.definition_id = p_definition ORDER BY t.number;
     INSERT INTO pipeline.join_counters (execution_id, number, remaining)
         SELECT p_execution, h.number, cardinality(h.tasks)
           FROM pipeline.workflow_headers h WHERE h.definition_id = p_definition;
     RETURN QUERY SELECT true, p_execution, true;
 END $$;
 
+-- Give a task of an open execution to a worker's incarnation, or return NULL. With p_epoch, one whose message says so;
+-- without, one that its predecessor has just released. The caller holds the execution's lock.
+CREATE FUNCTION pipeline.start_task(
+    p_execution text, p_definition bigint, p_task text, p_epoch int, p_worker bigint, p_handler text,
+    p_room double precision, p_hard_limit interval
+) RETURNS pipeline.claimed_task LANGUAGE plpgsql AS $$
+DECLARE
+    now_ timestamptz := pipeline.clock();
+    started pipeline.claimed_task;
+BEGIN
+    UPDATE pipeline.task_executions t
+       SET status = 'running', epoch = t.epoch + 1, attempt = t.attempt + 1, hints = 0, due_at = NULL, led_by = NULL,
+           ready_at = coalesce(t.ready_at, now_), worker_id = p_worker, started_at = now_, progress = NULL,
+           progress_message = NULL, error_type = NULL, error_message = NULL, error_traceback = NULL,
+           deadline_at = now_ + p_hard_limit + make_interval(secs => w.timeout)
+      FROM pipeline.workflow_tasks w, pipeline.workers k
+     WHERE t.execution_id = p_execution AND t.task_id = p_task AND t.status IN ('pending', 'retry')
+       AND (t.epoch = p_epoch AND t.due_at IS NOT NULL OR p_epoch IS NULL AND t.due_at IS NULL)
+       AND w.definition_id = p_definition AND w.task_id = p_task AND w.timeout <= p_room
+       AND k.worker_id = p_worker AND k.expires_at > now_
+       AND (t.handler = p_handler OR p_handler IS NULL AND t.handler = ANY (k.handlers))
+    RETURNING p_definition, t.task_id, t.handler, t.epoch, t.attempt, t.retries, t.params INTO started;
+    RETURN started;
+END $$;
+
 -- Give the task to a worker's incarnation, or return no row: the message was stale, doubled or forged, or the
 -- execution takes no claims. A repeat of a claim whose answer was lost gives the same row again.
 CREATE FUNCTION pipeline.claim_task(
     p_execution text, p_task text, p_epoch int, p_worker bigint, p_handler text, p_hard_limit interval
-) RETURNS TABLE (definition_id bigint, epoch int, attempt int, retries int, params jsonb) LANGUAGE plpgsql AS $$
+) RETURNS SETOF pipeline.claimed_task LANGUAGE plpgsql AS $$
 DECLARE
     x record;
+    started pipeline.claimed_task;
 BEGIN
     PERFORM set_config('synchronous_commit', 'off', true);  -- a forgotten claim is only a second attempt
     PERFORM pg_advisory_xact_lock_shared(pipeline.lock_key(p_execution));
@@ -243,21 +309,11 @@ BEGIN
     IF NOT FOUND OR x.paused OR x.verdict IS NOT NULL OR x.status NOT IN ('pending', 'running', 'retry') THEN
         RETURN;
     END IF;
-    RETURN QUERY
-        UPDATE pipeline.task_executions t
-           SET status = 'running', epoch = t.epoch + 1, attempt = t.attempt + 1, hints = 0, due_at = NULL,
-               worker_id = p_worker, started_at = pipeline.clock(), progress = NULL, progress_message = NULL,
-               error_type = NULL, error_message = NULL, error_traceback = NULL,
-               deadline_at = pipeline.clock() + p_hard_limit + make_interval(secs => (
-                   SELECT w.timeout FROM pipeline.workflow_tasks w
-                    WHERE w.definition_id = x.definition_id AND w.task_id = p_task))
-         WHERE t.execution_id = p_execution AND t.task_id = p_task AND t.epoch = p_epoch
-           AND t.handler = p_handler AND t.status IN ('pending', 'retry') AND t.due_at IS NOT NULL
-           AND EXISTS (SELECT 1 FROM pipeline.workers k
-                        WHERE k.worker_id = p_worker AND k.expires_at > pipeline.clock())
-        RETURNING x.definition_id, t.epoch, t.attempt, t.retries, t.params;
-    IF NOT FOUND THEN
-        RETURN QUERY SELECT x.definition_id, t.epoch, t.attempt, t.retries, t.params FROM pipeline.task_executions t
+    started := pipeline.start_task(
+        p_execution, x.definition_id, p_task, p_epoch, p_worker, p_handler, 'infinity', p_hard_limit);
+    IF started.task_id IS NULL THEN
+        RETURN QUERY SELECT x.definition_id, t.task_id, t.handler, t.epoch, t.attempt, t.retries, t.params
+            FROM pipeline.task_executions t
             WHERE t.execution_id = p_execution AND t.task_id = p_task AND t.epoch = p_epoch + 1
               AND t.handler = p_handler AND t.status = 'running' AND t.worker_id = p_worker;
         RETURN;
@@ -267,13 +323,17 @@ BEGIN
            SET status = 'running', started_at = coalesce(e.started_at, pipeline.clock())
          WHERE e.execution_id = p_execution AND e.status IN ('pending', 'retry');
     END IF;
+    RETURN NEXT started;
 END $$;
 
 -- Record a success and return what it released. The straight path: outcome is `done`; `stale` where the fence does
 -- not hold; `again` where the execution needs the careful path (end_task) and nothing was changed.
+-- With p_room, the longest timeout that may follow, the worker goes on at once: `next` is claimed for it, the first task
+-- that was released or, where none was, p_next with the epoch and handler of the message that named it.
 CREATE FUNCTION pipeline.complete_task(
-    p_execution text, p_task text, p_epoch int, p_worker bigint, p_result jsonb, p_grace interval
-) RETURNS TABLE (outcome text, ready pipeline.ready_task[]) LANGUAGE plpgsql AS $$
+    p_execution text, p_task text, p_epoch int, p_worker bigint, p_result jsonb, p_grace interval,
+    p_room double precision, p_next text, p_next_epoch int, p_handler text, p_hard_limit interval
+) RETURNS TABLE (outcome text, ready pipeline.ready_task[], next pipeline.claimed_task) LANGUAGE plpgsql AS $$
 DECLARE
     x record;
     plan record;
@@ -283,10 +343,12 @@ DECLARE
     ended boolean := false;
 BEGIN
     PERFORM pg_advisory_xact_lock_shared(pipeline.lock_key(p_execution));
-    SELECT e.definition_id, e.verdict, e.careful INTO x
+    SELECT e.definition_id, e.verdict, e.careful, e.paused INTO x
       FROM pipeline.workflow_executions e WHERE e.execution_id = p_execution;
+    outcome := 'done';
     IF x.verdict IS NOT NULL OR x.careful THEN
-        RETURN QUERY SELECT 'again', NULL::pipeline.ready_task[];
+        outcome := 'again';
+        RETURN NEXT;
         RETURN;
     END IF;
     UPDATE pipeline.task_executions t
@@ -294,8 +356,16 @@ BEGIN
      WHERE t.execution_id = p_execution AND t.task_id = p_task
        AND t.status = 'running' AND t.epoch = p_epoch AND t.worker_id = p_worker;
     IF NOT FOUND THEN
-        RETURN QUERY SELECT * FROM pipeline.repeat_of(
-            p_execution, x.definition_id, p_task, p_epoch, p_worker, 'success');
+        SELECT r.outcome, r.ready INTO outcome, ready FROM pipeline.repeat_of(
+            p_execution, x.definition_id, p_task, p_epoch, p_worker, 'success') r;
+        IF outcome = 'done' AND p_room > 0 THEN
+            SELECT x.definition_id, t.task_id, t.handler, t.epoch, t.attempt, t.retries, t.params INTO next
+              FROM pipeline.task_executions t
+              JOIN pipeline.workflow_tasks w ON w.definition_id = x.definition_id AND w.task_id = t.task_id
+             WHERE t.execution_id = p_execution AND t.status = 'running' AND t.worker_id = p_worker
+               AND (w.waits_for @> ARRAY[p_task] OR t.task_id = p_next AND t.epoch = p_next_epoch + 1) LIMIT 1;
+        END IF;
+        RETURN NEXT;
         RETURN;
     END IF;
     SELECT w.releases, w.headers INTO plan
@@ -311,14 +381,48 @@ BEGIN
         END IF;
     END LOOP;
     IF released <> '{}' THEN
-        RETURN QUERY SELECT 'done', pipeline.make_ready(p_execution, x.definition_id, released, p_grace);
+        IF cardinality(released) = 1 AND p_room > 0 AND NOT x.paused THEN
+            next := pipeline.start_task(
+                p_execution, x.definition_id, released[1], NULL, p_worker, NULL, p_room, p_hard_limit);
+        END IF;
+        IF next.task_id IS NULL THEN
+            ready := pipeline.make_ready(p_execution, x.definition_id, released, p_grace);
+            IF cardinality(released) > 1 AND p_room > 0 AND NOT x.paused THEN
+                next := pipeline.start_task(
+                    p_execution, x.definition_id, ready[1].task_id, ready[1].epoch, p_worker, NULL, p_room, p_hard_limit);
+            END IF;
+        END IF;
     ELSIF ended THEN
         PERFORM pipeline.close_execution(p_execution, 'success');
-        RETURN QUERY SELECT 'done', NULL::pipeline.ready_task[];
     ELSE
         PERFORM set_config('synchronous_commit', 'off', true);
-        RETURN QUERY SELECT 'done', NULL::pipeline.ready_task[];
+        IF p_next IS NOT NULL AND p_room > 0 AND NOT x.paused THEN
+            next := pipeline.start_task(
+                p_execution, x.definition_id, p_next, p_next_epoch, p_worker, p_handler, p_room, p_hard_limit);
+        END IF;
     END IF;
+    RETURN NEXT;
+END $$;
+
+-- Tasks of a shared message that its reader will not come to soon: each gets a message of its own.
+CREATE FUNCTION pipeline.scatter(p_execution text, p_tasks text[], p_epochs int[], p_grace interval)
+RETURNS SETOF pipeline.ready_task LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM pg_advisory_xact_lock_shared(pipeline.lock_key(p_execution));
+    PERFORM 1 FROM pipeline.task_executions t
+      WHERE t.execution_id = p_execution AND t.task_id = ANY (p_tasks) ORDER BY t.task_id FOR NO KEY UPDATE;
+    RETURN QUERY
+        WITH moved AS (
+            UPDATE pipeline.task_executions t SET led_by = NULL, hints = t.hints + 1, due_at = pipeline.clock() + p_grace
+              FROM unnest(p_tasks, p_epochs) g (task_id, epoch)
+             WHERE t.execution_id = p_execution AND t.task_id = g.task_id AND t.epoch = g.epoch
+               AND t.status IN ('pending', 'retry') AND t.due_at < 'infinity'
+            RETURNING t.task_id, t.epoch, t.handler)
+        SELECT p_execution, m.task_id, m.epoch, m.handler, w.timeout, NULL::text
+          FROM moved m
+          JOIN pipeline.workflow_executions e ON e.execution_id = p_execution
+          JOIN pipeline.workflow_tasks w ON w.definition_id = e.definition_id AND w.task_id = m.task_id
+         ORDER BY w.number;
 END $$;
 
 -- The answer to a completion that finds its row moved on: a repeat of itself is told again what it released, but for
@@ -335,7 +439,7 @@ BEGIN
         RETURN;
     END IF;
     RETURN QUERY
-        SELECT 'done', array_agg((t.execution_id, t.task_id, t.epoch, t.handler, w.timeout)::pipeline.ready_task)
+        SELECT 'done', array_agg((t.execution_id, t.task_id, t.epoch, t.handler, w.timeout, t.led_by)::pipeline.ready_task)
           FROM pipeline.task_executions t
           JOIN pipeline.workflow_tasks w ON w.definition_id = p_definition AND w.task_id = t.task_id
          WHERE t.execution_id = p_execution AND w.waits_for @> ARRAY[p_task]
@@ -354,10 +458,12 @@ BEGIN
     END IF;
     WITH moved AS (
         UPDATE pipeline.task_executions t
-           SET ready_at = pipeline.clock(), due_at = pipeline.clock() + p_grace, hints = 1
-         WHERE t.execution_id = p_execution AND t.task_id = ANY (p_tasks) AND t.status = 'pending' AND t.due_at IS NULL
-        RETURNING t.task_id, t.epoch, t.handler)
-    SELECT array_agg((p_execution, m.task_id, m.epoch, m.handler, w.timeout)::pipeline.ready_task ORDER BY w.number)
+           SET ready_at = pipeline.clock(), due_at = pipeline.clock() + p_grace, hints = 1, led_by = r.led_by
+          FROM (SELECT n.task_id, s.led_by FROM unnest(p_tasks) n (task_id)
+                  LEFT JOIN pipeline.share(p_definition, p_tasks) s USING (task_id)) r
+         WHERE t.execution_id = p_execution AND t.task_id = r.task_id AND t.status = 'pending' AND t.due_at IS NULL
+        RETURNING t.task_id, t.epoch, t.handler, t.led_by)
+    SELECT array_agg((p_execution, m.task_id, m.epoch, m.handler, w.timeout, m.led_by)::pipeline.ready_task ORDER BY w.number)
       INTO ready
       FROM moved m JOIN pipeline.workflow_tasks w ON w.definition_id = p_definition AND w.task_id = m.task_id;
     RETURN ready;
@@ -383,7 +489,7 @@ BEGIN
     UPDATE pipeline.workflow_executions e SET verdict = p_verdict, error_message = p_reason
      WHERE e.execution_id = p_execution AND e.verdict IS NULL AND e.status IN ('pending', 'running', 'retry');
     UPDATE pipeline.task_executions t
-       SET status = p_task_status, finished_at = pipeline.clock(), due_at = NULL,
+       SET status = p_task_status, finished_at = pipeline.clock(), due_at = NULL, led_by = NULL,
            error_message = coalesce(t.error_message || '; ', '') || p_reason
      WHERE t.execution_id = p_execution AND t.status IN ('pending', 'retry');
     PERFORM pipeline.close_if_idle(p_execution);
@@ -528,7 +634,8 @@ END $$;
 
 -- Tasks whose message is due, pushed ahead so that the next look is later each time; what is paused is parked instead.
 -- The second statement sees what was committed before the first had its locks: a pause or resume is never missed.
--- With `p_first_only`, tasks that were published before are left to the messages that the broker still holds.
+-- With `p_first_only`, tasks that were published before are left to the messages that the broker still holds. A task that
+-- shares a message is left to it until that message's first task was claimed a while ago, or is otherwise gone.
 CREATE FUNCTION pipeline.take_due(p_limit int, p_first_only boolean, p_grace interval)
 RETURNS SETOF pipeline.ready_task LANGUAGE plpgsql AS $$
 DECLARE
@@ -538,20 +645,24 @@ BEGIN
     SELECT array_agg(d.execution_id), array_agg(d.task_id) INTO executions, tasks
       FROM (SELECT t.execution_id, t.task_id FROM pipeline.task_executions t
              WHERE t.status IN ('pending', 'retry') AND t.due_at <= pipeline.clock()
-               AND (t.hints = 0 OR NOT p_first_only)
-             ORDER BY t.due_at LIMIT p_limit FOR NO KEY UPDATE SKIP LOCKED) d;
+               AND (t.hints = 0 OR t.led_by IS NULL AND NOT p_first_only OR t.led_by IS NOT NULL AND NOT EXISTS (
+                   SELECT 1 FROM pipeline.task_executions l
+                    WHERE l.execution_id = t.execution_id AND l.task_id = t.led_by
+                      AND (l.started_at > pipeline.clock() - interval '2 s' OR l.status = 'pending'
+                           AND l.due_at IS NOT NULL AND coalesce(l.started_at, '-infinity') < t.ready_at)))
+             ORDER BY t.due_at LIMIT p_limit FOR NO KEY UPDATE OF t SKIP LOCKED) d;
     RETURN QUERY
         WITH pushed AS (
             UPDATE pipeline.task_executions t
                SET due_at = CASE WHEN e.paused THEN 'infinity'
                                  ELSE pipeline.clock() + p_grace * (2 ^ least(t.hints, 6)) END,
-                   hints = CASE WHEN e.paused THEN 0 ELSE t.hints + 1 END,
+                   hints = CASE WHEN e.paused THEN 0 ELSE t.hints + 1 END, led_by = NULL,
                    ready_at = coalesce(t.ready_at, pipeline.clock())
               FROM unnest(executions, tasks) d (execution_id, task_id)
               JOIN pipeline.workflow_executions e USING (execution_id)
              WHERE t.execution_id = d.execution_id AND t.task_id = d.task_id
             RETURNING t.execution_id, t.task_id, t.epoch, t.handler, e.definition_id, e.paused)
-        SELECT p.execution_id, p.task_id, p.epoch, p.handler, w.timeout
+        SELECT p.execution_id, p.task_id, p.epoch, p.handler, w.timeout, NULL::text
           FROM pushed p JOIN pipeline.workflow_tasks w ON w.definition_id = p.definition_id AND w.task_id = p.task_id
          WHERE NOT p.paused ORDER BY p.execution_id, w.number;
 END $$;
@@ -598,7 +709,7 @@ BEGIN
     IF FOUND THEN
         INSERT INTO pipeline.workflow_events (execution_id, kind, user_id) VALUES (p_execution, 'resume', p_user);
         UPDATE pipeline.task_executions t
-           SET due_at = pipeline.clock(), hints = 0
+           SET due_at = pipeline.clock(), hints = 0, led_by = NULL
          WHERE t.execution_id = p_execution
            AND (t.status = 'pending' AND t.due_at IS NOT NULL OR t.status = 'retry' AND t.due_at = 'infinity');
     END IF;
@@ -651,7 +762,7 @@ BEGIN
      WHERE e.execution_id = p_execution;
     UPDATE pipeline.task_executions t
        SET status = 'pending', epoch = t.epoch + 1, retries = 0, losses = 0, hints = 0, finished_at = NULL,
-           due_at = NULL, ready_at = NULL, worker_id = NULL, result = NULL,
+           due_at = NULL, led_by = NULL, ready_at = NULL, worker_id = NULL, result = NULL,
            error_type = NULL, error_message = NULL, error_traceback = NULL,
            params = CASE WHEN t.task_id = p_from THEN coalesce(p_params, t.params) ELSE t.params END
      WHERE t.execution_id = p_execution AND t.task_id = ANY (reset);
@@ -723,7 +834,7 @@ BEGIN
          WHERE t.execution_id = p_execution AND t.task_id = p_task AND t.status = 'running'
         ON CONFLICT DO NOTHING;
     UPDATE pipeline.task_executions t
-       SET status = p_status, epoch = t.epoch + 1, due_at = NULL, deadline_at = NULL, finished_at = pipeline.clock(),
+       SET status = p_status, epoch = t.epoch + 1, due_at = NULL, led_by = NULL, deadline_at = NULL, finished_at = pipeline.clock(),
            result = CASE p_status WHEN 'success' THEN p_result END, error_type = NULL, error_traceback = NULL,
            error_message = format('marked as %s by %s: %s', p_status, coalesce(p_user, 'somebody'), p_reason)
      WHERE t.execution_id = p_execution AND t.task_id = p_task;

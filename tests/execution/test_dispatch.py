@@ -82,11 +82,11 @@ def test_message_under_another_handlers_name_is_dropped_and_the_task_waits_for_i
 def test_message_holds_only_what_celery_itself_writes_and_names_the_task_by_its_ids(site: Site) -> None:
     dispatcher = site.engine.installation.dispatcher
     ready = ReadyTask(execution_id="exec-0123456789ab", task_id="t", epoch=3, handler="debug.noop", timeout=5.0)
-    body, headers, properties = dispatcher._message(ready)
+    body, headers, properties = dispatcher._message(ready, [])
     of_celery = dispatcher.celery.amqp.create_task_message("id", "debug.noop", ())
     assert headers.keys() <= of_celery.headers.keys()
     assert properties.keys() == of_celery.properties.keys()
-    assert body == (("exec-0123456789ab", "t", 3), {}, {"callbacks": None, "errbacks": None, "chain": None, "chord": None})
+    assert body == (("exec-0123456789ab", "t", 3), {}, {}), "of what canvas needs, nothing"
     assert (headers["id"], headers["task"], headers["ignore_result"]) == ("exec-0123456789ab_t", "debug.noop", True)
     assert headers["timelimit"] == [5.0 + 2 * site.settings.hard_limit, None]
 

@@ -68,7 +68,7 @@ def test_killed_worker_loses_its_task_to_another_after_its_lease(sites: Callable
 def test_lost_messages_are_published_again_and_those_that_wait_are_not(sites: Callable[..., Site]) -> None:
     site = sites(grace=1.0)
     recovery, store = site.engine.installation.recovery, site.engine.installation.store
-    started = site.engine.execute_workflow(workflow(*(task(f"t{n}") for n in range(30))))
+    started = [site.engine.execute_workflow(workflow(task("t"))) for _ in range(30)]
     site.until(lambda: store.recovery_work().due)
     site.until(lambda: len(due(site)) == 30)
     assert recovery.run_once() == Recovered()
@@ -80,7 +80,29 @@ def test_lost_messages_are_published_again_and_those_that_wait_are_not(sites: Ca
     site.until(lambda: len(due(site)) == 30)
     assert recovery.run_once() == Recovered(published=30)
     assert take(site, 40) == 30
-    assert site.engine.get_execution(started).status is ExecutionStatus.PENDING
+    assert {site.engine.get_execution(e).status for e in started} == {ExecutionStatus.PENDING}
+
+
+def test_shared_messages_that_were_lost_are_published_again_first_their_leaders_then_each_other_task(
+    sites: Callable[..., Site],
+) -> None:
+    site = sites(grace=1.0, recovery_beside=False)
+    recovery, dispatcher = site.engine.installation.recovery, site.engine.installation.dispatcher
+    started = site.engine.execute_workflow(workflow(*(task(f"t{n}") for n in range(100))))
+    messages = dispatcher.waiting()
+    assert 1 < messages < 20
+    site.until(lambda: len(due(site)) == 100)
+    assert recovery.run_once() == Recovered()
+    assert take(site, messages) == messages
+    assert recovery.run_once() == Recovered(published=messages)
+    assert recovery.run_once() == Recovered()
+    published = messages
+    with site.worker(concurrency=1):
+        while not site.engine.get_execution(started).finished_at:
+            published += recovery.run_once().published
+    done = site.engine.get_execution(started)
+    assert (done.status, {t.attempt for t in done.tasks.values()}) == (ExecutionStatus.SUCCESS, {1})
+    assert published == 100
 
 
 def due(site: Site) -> list[object]:
@@ -98,7 +120,7 @@ def test_backlog_behind_a_busy_worker_is_not_published_again_but_for_what_that_f
     with site.worker(concurrency=1, name="busy"):
         busy = site.engine.execute_workflow(workflow(task("t", "site.wait_for_file", params={"path": str(path)})))
         site.until_running(busy, "t")
-        started = site.engine.execute_workflow(workflow(*(task(f"t{n}") for n in range(50))))
+        started = [site.engine.execute_workflow(workflow(task("t"))) for _ in range(50)]
         site.until(lambda: dispatcher.waiting() < 50)
         fetched = 50 - dispatcher.waiting()
         site.until(lambda: len(due(site)) == 50)
@@ -106,9 +128,9 @@ def test_backlog_behind_a_busy_worker_is_not_published_again_but_for_what_that_f
         assert recovery.run_once() == Recovered()
         assert dispatcher.waiting() == 50
         with site.worker(concurrency=1, name="idle"):
-            done = site.engine.wait(started, 60)
-            assert {str(t.worker).partition("@")[0] for t in done.tasks.values()} == {"idle"}
-            assert {t.attempt for t in done.tasks.values()} == {1}
+            done = [site.engine.wait(e, 60).tasks["t"] for e in started]
+            assert {str(t.worker).partition("@")[0] for t in done} == {"idle"}
+            assert {t.attempt for t in done} == {1}
             path.touch()
             assert site.engine.wait(busy, 60).tasks["t"].attempt == 1
 

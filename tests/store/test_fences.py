@@ -143,14 +143,11 @@ def test_end_released_costs_no_budget(drive: Driver, ready: str) -> None:
     assert (task.status, task.attempt, task.losses, task.retries) == ("pending", 5, 0, 0)
 
 
-def test_running_attempt_is_found_by_its_epoch_and_its_workers_name_only(drive: Driver, ready: str) -> None:
+def test_running_attempts_are_found_by_their_workers_name_and_process_only(drive: Driver, ready: str) -> None:
     fence = drive.must_claim(ready, "a")
-    found = drive.store.running_attempt(ready, "a", fence.epoch, "driver")
-    assert found is not None
-    assert (found.epoch, found.worker_id) == (fence.epoch, fence.worker_id)
-    assert drive.store.running_attempt(ready, "a", fence.epoch - 1, "driver") is None
-    assert drive.store.running_attempt(ready, "a", fence.epoch, "another") is None
-    assert drive.store.running_attempt(ready, "b", fence.epoch, "driver") is None
+    found = [a for a in drive.store.running_in("driver", 1) if a.execution_id == ready]
+    assert [(a.task_id, a.epoch, a.worker_id) for a in found] == [("a", fence.epoch, fence.worker_id)]
+    assert drive.store.running_in("driver", 2) == drive.store.running_in("another", 1) == []
 
 
 def test_end_with_an_outcome_that_is_none_is_refused_by_the_database(drive: Driver, ready: str) -> None:
@@ -217,7 +214,7 @@ def test_take_due_looks_later_each_time_and_first_only_leaves_what_was_published
 
 def test_take_due_takes_no_more_than_its_limit(lone: Driver) -> None:
     lone.start({f"a{n}": "" for n in range(10)})
-    lone.sql("UPDATE pipeline.task_executions SET due_at = pipeline.clock()")
+    lone.sql("UPDATE pipeline.task_executions SET due_at = pipeline.clock(), led_by = NULL")
     assert [len(lone.store.take_due(4, first_only=False)) for _ in range(4)] == [4, 4, 2, 0]
 
 

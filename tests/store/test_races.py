@@ -283,7 +283,7 @@ def test_pause_meets_claim_and_leaves_the_task_running(arena: Arena) -> None:
 
 def test_take_due_meets_a_claim_and_passes_it_by(arena: Arena) -> None:
     execution = arena.drive.start({"a": "", "b": ""})
-    arena.drive.sql("UPDATE pipeline.task_executions SET due_at = pipeline.clock()")
+    arena.drive.sql("UPDATE pipeline.task_executions SET due_at = pipeline.clock(), led_by = NULL")
     _, taken = arena.meet(
         lambda store: store.claim(**message(execution, "a", arena.drive.worker)),
         lambda store: store.take_due(10, first_only=False),
@@ -294,7 +294,7 @@ def test_take_due_meets_a_claim_and_passes_it_by(arena: Arena) -> None:
 
 def test_two_take_due_share_the_tasks(arena: Arena) -> None:
     arena.drive.start({f"a{n}": "" for n in range(6)})
-    arena.drive.sql("UPDATE pipeline.task_executions SET due_at = pipeline.clock()")
+    arena.drive.sql("UPDATE pipeline.task_executions SET due_at = pipeline.clock(), led_by = NULL")
     first, second = arena.meet(
         lambda store: store.take_due(4, first_only=False),
         lambda store: store.take_due(4, first_only=False),

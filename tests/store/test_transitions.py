@@ -188,8 +188,8 @@ def test_look(drive: Driver, operation: str, state: str, expected: str) -> None:
             found: Any = [
                 t for t in store.take_due(1000, first_only=False) if (t.execution_id, t.task_id) == (execution, "a")
             ]
-        case "running attempt":
-            found = store.running_attempt(execution, "a", fence.epoch, "driver")
+        case "running in":
+            found = [a for a in store.running_in("driver", 1) if (a.execution_id, a.task_id) == (execution, "a")]
         case "progress":
             store.set_progress(fence, 42, "half way")
             found = [t for t in store.get_tasks(execution) if t.task_id == "a" and t.progress == 42]

@@ -1,0 +1,85 @@
+"""OBSERVE, live: Celery's events of the tasks of a turn, for whoever watches (Flower).
+
+Celery's main process speaks of messages: that one was received, started, failed. Tasks that had no message of their own
+are spoken for here, by the process that runs them; and so is every success, which the main process would hear of only
+when the turn is over.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import threading
+from typing import Any
+
+from celery import Celery, states
+from kombu.exceptions import OperationalError
+
+log = logging.getLogger(__name__)
+
+
+class Reporter:
+    """Sends events while somebody watches; one connection for each process.
+
+    Args:
+        celery: the app whose broker the events go to.
+    """
+
+    def __init__(self, celery: Celery) -> None:
+        self.celery = celery
+        #: of the worker, as Celery knows it
+        self.node = "worker"
+        # One byte of memory that a worker's main process shares with what it forks.
+        self._watched = mmap.mmap(-1, 1)
+        self._lock = threading.Lock()
+        self._pid = 0
+        self._dispatcher: Any = None
+
+    def heed(self, main: Any) -> None:
+        """Take over from the main process's dispatcher whether anybody watches tasks."""
+        wanted = main is not None and main.enabled and (not main.groups or "task" in main.groups)
+        self._watched[0] = wanted
+
+    @property
+    def watched(self) -> bool:
+        """Whether anybody watches."""
+        return bool(self._watched[0])
+
+    def started(self, uuid: str, name: str, request: dict[str, Any]) -> None:
+        """A task without a message of its own begins."""
+        if self.watched:
+            self._send(
+                "task-received", uuid=uuid, name=name, args=request.get("argsrepr"), kwargs=request.get("kwargsrepr"),
+                root_id=request.get("root_id"), parent_id=None, retries=0, eta=None, expires=None,
+            )  # fmt: skip
+            self._send("task-started", uuid=uuid)
+
+    def ended(self, uuid: str, answer: Any, *, alone: bool) -> None:
+        """A task has ended as Celery's tracer says; `alone` where its failure is the main process's to tell."""
+        if not self.watched:
+            return
+        info = answer.info
+        if info is None:
+            if answer.retstr is not None:
+                self._send("task-succeeded", uuid=uuid, result=answer.retstr, runtime=answer.runtime)
+        elif not alone and info.state in (states.FAILURE, states.RETRY):
+            said = {"exception": repr(info.retval), "traceback": str(getattr(answer.retval, "traceback", ""))}
+            self._send("task-failed" if info.state == states.FAILURE else "task-retried", uuid=uuid, **said)
+
+    def _send(self, kind: str, **fields: Any) -> None:
+        try:
+            self._own_dispatcher().send(kind, **fields)
+        except (OperationalError, OSError) as exc:  # an event is news, nothing more
+            log.debug("event %s was not sent: %s", kind, exc)
+            self._dispatcher = None
+
+    def _own_dispatcher(self) -> Any:
+        with self._lock:
+            if self._dispatcher is None or self._pid != os.getpid():
+                connection = self.celery.connection_for_write()
+                self._pid = os.getpid()
+                self._dispatcher = self.celery.events.Dispatcher(
+                    connection, hostname=self.node, buffer_while_offline=False
+                )
+            return self._dispatcher

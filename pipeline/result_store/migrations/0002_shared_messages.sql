@@ -1,0 +1,474 @@
+-- Tasks that become ready together share messages, and a success claims what its worker goes on with.
+
+DROP INDEX pipeline.task_executions_overdue;  -- few tasks run at a time: the index of those that run will do
+ALTER TABLE pipeline.task_executions
+    ADD COLUMN led_by text COLLATE "C",
+    ADD CONSTRAINT task_executions_led CHECK (led_by IS NULL OR due_at IS NOT NULL);
+ALTER TABLE pipeline.workers ADD COLUMN slow text[] NOT NULL DEFAULT '{}';
+ALTER TYPE pipeline.ready_task ADD ATTRIBUTE led_by text;
+CREATE TYPE pipeline.claimed_task AS (
+    definition_id bigint, task_id text, handler text, epoch int, attempt int, retries int, params jsonb);
+DROP FUNCTION pipeline.claim_task(text, text, int, bigint, text, interval);
+DROP FUNCTION pipeline.complete_task(text, text, int, bigint, jsonb, interval);
+
+-- Which of the tasks that become ready together share a message: the first of each leads, the others are led by it.
+-- There are as many messages as processes that could run them, each with tasks of one handler and no more of them than
+-- its size allows. Handlers whose runs are long have a message for each task. What is not listed stands alone.
+CREATE OR REPLACE FUNCTION pipeline.share(p_definition bigint, p_tasks text[])
+RETURNS TABLE (task_id text, led_by text) LANGUAGE plpgsql STABLE AS $$
+DECLARE
+    size int := 1;
+    slow_ text[];
+BEGIN
+    IF cardinality(p_tasks) > 1 THEN
+        SELECT ceil(cardinality(p_tasks)::float8 / greatest(count(DISTINCT k.worker_id), 1)),
+               array_agg(DISTINCT s.name) FILTER (WHERE s.name IS NOT NULL) INTO size, slow_
+          FROM pipeline.workers k LEFT JOIN LATERAL unnest(k.slow) s (name) ON true
+         WHERE k.expires_at > pipeline.clock();
+    END IF;
+    IF size > 1 THEN
+        RETURN QUERY
+            SELECT m.task_id, m.leader FROM (
+                SELECT d.task_id, first_value(d.task_id) OVER (PARTITION BY d.handler, d.by_count, d.by_size ORDER BY d.number) AS leader
+                  FROM (SELECT w.task_id, w.handler, w.number, (row_number() OVER of_handler - 1) / size AS by_count,
+                               (sum(octet_length(w.task_id) + 8) OVER of_handler - 1) / 256 AS by_size
+                          FROM pipeline.workflow_tasks w
+                         WHERE w.definition_id = p_definition AND w.task_id = ANY (p_tasks)
+                           AND (slow_ IS NULL OR w.handler <> ALL (slow_))
+                        WINDOW of_handler AS (PARTITION BY w.handler ORDER BY w.number)) d) m
+             WHERE m.leader <> m.task_id;
+    END IF;
+END $$;
+
+-- Record an execution of a stored definition with all its tasks and counters. One transaction with whatever the
+-- caller's connection has open. `created` is false where the idempotency key was used before.
+CREATE OR REPLACE FUNCTION pipeline.create_execution(
+    p_execution text, p_definition bigint, p_user text, p_key text, p_input jsonb, p_input_digest text,
+    p_variables jsonb, p_deadline interval, p_queue_timeout interval, p_grace interval
+) RETURNS TABLE (created boolean, execution_id text, same_work boolean) LANGUAGE plpgsql AS $$
+DECLARE
+    workflow text;
+BEGIN
+    SELECT d.workflow_id INTO STRICT workflow FROM pipeline.workflow_definitions d WHERE d.definition_id = p_definition;
+    INSERT INTO pipeline.workflow_executions AS e
+        (execution_id, definition_id, workflow_id, created_by, idempotency_key, input_digest, deadline_at,
+         queue_timeout)
+        VALUES (p_execution, p_definition, workflow, p_user, p_key, p_input_digest, pipeline.clock() + p_deadline,
+                p_queue_timeout)
+        ON CONFLICT (workflow_id, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING;
+    IF NOT FOUND THEN
+        RETURN QUERY SELECT false, e.execution_id, e.definition_id = p_definition AND e.input_digest = p_input_digest
+            FROM pipeline.workflow_executions e WHERE e.workflow_id = workflow AND e.idempotency_key = p_key;
+        RETURN;
+    END IF;
+    INSERT INTO pipeline.workflow_states VALUES (p_execution, p_variables, p_input);
+    INSERT INTO pipeline.task_executions (execution_id, task_id, handler, ready_at, due_at, hints, led_by)
+        SELECT p_execution, t.task_id, t.handler,
+               CASE WHEN t.waits_for = '{}' THEN pipeline.clock() END,
+               CASE WHEN t.waits_for = '{}' THEN pipeline.clock() + p_grace END,
+               CASE WHEN t.waits_for = '{}' AND p_grace > '0' THEN 1 ELSE 0 END, s.led_by
+          FROM pipeline.workflow_tasks t
+          LEFT JOIN pipeline.share(p_definition, ARRAY(
+              SELECT w.task_id FROM pipeline.workflow_tasks w WHERE w.definition_id = p_definition AND w.waits_for = '{}')) s
+            ON p_grace > '0' AND s.task_id = t.task_id
+         WHERE t.definition_id = p_definition ORDER BY t.number;
+    INSERT INTO pipeline.join_counters (execution_id, number, remaining)
+        SELECT p_execution, h.number, cardinality(h.tasks)
+          FROM pipeline.workflow_headers h WHERE h.definition_id = p_definition;
+    RETURN QUERY SELECT true, p_execution, true;
+END $$;
+
+-- Give a task of an open execution to a worker's incarnation, or return NULL. With p_epoch, one whose message says so;
+-- without, one that its predecessor has just released. The caller holds the execution's lock.
+CREATE OR REPLACE FUNCTION pipeline.start_task(
+    p_execution text, p_definition bigint, p_task text, p_epoch int, p_worker bigint, p_handler text,
+    p_room double precision, p_hard_limit interval
+) RETURNS pipeline.claimed_task LANGUAGE plpgsql AS $$
+DECLARE
+    now_ timestamptz := pipeline.clock();
+    started pipeline.claimed_task;
+BEGIN
+    UPDATE pipeline.task_executions t
+       SET status = 'running', epoch = t.epoch + 1, attempt = t.attempt + 1, hints = 0, due_at = NULL, led_by = NULL,
+           ready_at = coalesce(t.ready_at, now_), worker_id = p_worker, started_at = now_, progress = NULL,
+           progress_message = NULL, error_type = NULL, error_message = NULL, error_traceback = NULL,
+           deadline_at = now_ + p_hard_limit + make_interval(secs => w.timeout)
+      FROM pipeline.workflow_tasks w, pipeline.workers k
+     WHERE t.execution_id = p_execution AND t.task_id = p_task AND t.status IN ('pending', 'retry')
+       AND (t.epoch = p_epoch AND t.due_at IS NOT NULL OR p_epoch IS NULL AND t.due_at IS NULL)
+       AND w.definition_id = p_definition AND w.task_id = p_task AND w.timeout <= p_room
+       AND k.worker_id = p_worker AND k.expires_at > now_
+       AND (t.handler = p_handler OR p_handler IS NULL AND t.handler = ANY (k.handlers))
+    RETURNING p_definition, t.task_id, t.handler, t.epoch, t.attempt, t.retries, t.params INTO started;
+    RETURN started;
+END $$;
+
+-- Give the task to a worker's incarnation, or return no row: the message was stale, doubled or forged, or the
+-- execution takes no claims. A repeat of a claim whose answer was lost gives the same row again.
+CREATE OR REPLACE FUNCTION pipeline.claim_task(
+    p_execution text, p_task text, p_epoch int, p_worker bigint, p_handler text, p_hard_limit interval
+) RETURNS SETOF pipeline.claimed_task LANGUAGE plpgsql AS $$
+DECLARE
+    x record;
+    started pipeline.claimed_task;
+BEGIN
+    PERFORM set_config('synchronous_commit', 'off', true);  -- a forgotten claim is only a second attempt
+    PERFORM pg_advisory_xact_lock_shared(pipeline.lock_key(p_execution));
+    SELECT e.definition_id, e.status, e.verdict, e.paused INTO x
+      FROM pipeline.workflow_executions e WHERE e.execution_id = p_execution;
+    IF NOT FOUND OR x.paused OR x.verdict IS NOT NULL OR x.status NOT IN ('pending', 'running', 'retry') THEN
+        RETURN;
+    END IF;
+    started := pipeline.start_task(
+        p_execution, x.definition_id, p_task, p_epoch, p_worker, p_handler, 'infinity', p_hard_limit);
+    IF started.task_id IS NULL THEN
+        RETURN QUERY SELECT x.definition_id, t.task_id, t.handler, t.epoch, t.attempt, t.retries, t.params
+            FROM pipeline.task_executions t
+            WHERE t.execution_id = p_execution AND t.task_id = p_task AND t.epoch = p_epoch + 1
+              AND t.handler = p_handler AND t.status = 'running' AND t.worker_id = p_worker;
+        RETURN;
+    END IF;
+    IF x.status IN ('pending', 'retry') THEN
+        UPDATE pipeline.workflow_executions e
+           SET status = 'running', started_at = coalesce(e.started_at, pipeline.clock())
+         WHERE e.execution_id = p_execution AND e.status IN ('pending', 'retry');
+    END IF;
+    RETURN NEXT started;
+END $$;
+
+-- Record a success and return what it released. The straight path: outcome is `done`; `stale` where the fence does
+-- not hold; `again` where the execution needs the careful path (end_task) and nothing was changed.
+-- With p_room, the longest timeout that may follow, the worker goes on at once: `next` is claimed for it, the first task
+-- that was released or, where none was, p_next with the epoch and handler of the message that named it.
+CREATE OR REPLACE FUNCTION pipeline.complete_task(
+    p_execution text, p_task text, p_epoch int, p_worker bigint, p_result jsonb, p_grace interval,
+    p_room double precision, p_next text, p_next_epoch int, p_handler text, p_hard_limit interval
+) RETURNS TABLE (outcome text, ready pipeline.ready_task[], next pipeline.claimed_task) LANGUAGE plpgsql AS $$
+DECLARE
+    x record;
+    plan record;
+    number_ int;
+    remaining_ int;
+    released text[];
+    ended boolean := false;
+BEGIN
+    PERFORM pg_advisory_xact_lock_shared(pipeline.lock_key(p_execution));
+    SELECT e.definition_id, e.verdict, e.careful, e.paused INTO x
+      FROM pipeline.workflow_executions e WHERE e.execution_id = p_execution;
+    outcome := 'done';
+    IF x.verdict IS NOT NULL OR x.careful THEN
+        outcome := 'again';
+        RETURN NEXT;
+        RETURN;
+    END IF;
+    UPDATE pipeline.task_executions t
+       SET status = 'success', result = p_result, finished_at = pipeline.clock(), deadline_at = NULL
+     WHERE t.execution_id = p_execution AND t.task_id = p_task
+       AND t.status = 'running' AND t.epoch = p_epoch AND t.worker_id = p_worker;
+    IF NOT FOUND THEN
+        SELECT r.outcome, r.ready INTO outcome, ready FROM pipeline.repeat_of(
+            p_execution, x.definition_id, p_task, p_epoch, p_worker, 'success') r;
+        IF outcome = 'done' AND p_room > 0 THEN
+            SELECT x.definition_id, t.task_id, t.handler, t.epoch, t.attempt, t.retries, t.params INTO next
+              FROM pipeline.task_executions t
+              JOIN pipeline.workflow_tasks w ON w.definition_id = x.definition_id AND w.task_id = t.task_id
+             WHERE t.execution_id = p_execution AND t.status = 'running' AND t.worker_id = p_worker
+               AND (w.waits_for @> ARRAY[p_task] OR t.task_id = p_next AND t.epoch = p_next_epoch + 1) LIMIT 1;
+        END IF;
+        RETURN NEXT;
+        RETURN;
+    END IF;
+    SELECT w.releases, w.headers INTO plan
+      FROM pipeline.workflow_tasks w WHERE w.definition_id = x.definition_id AND w.task_id = p_task;
+    released := plan.releases;
+    FOREACH number_ IN ARRAY plan.headers LOOP  -- ascending: the lock order of counters
+        UPDATE pipeline.join_counters c SET remaining = c.remaining - 1
+         WHERE c.execution_id = p_execution AND c.number = number_ RETURNING c.remaining INTO remaining_;
+        IF remaining_ = 0 THEN
+            ended := ended OR number_ = 0;
+            released := released || (SELECT h.bodies FROM pipeline.workflow_headers h
+                                      WHERE h.definition_id = x.definition_id AND h.number = number_);
+        END IF;
+    END LOOP;
+    IF released <> '{}' THEN
+        IF cardinality(released) = 1 AND p_room > 0 AND NOT x.paused THEN
+            next := pipeline.start_task(
+                p_execution, x.definition_id, released[1], NULL, p_worker, NULL, p_room, p_hard_limit);
+        END IF;
+        IF next.task_id IS NULL THEN
+            ready := pipeline.make_ready(p_execution, x.definition_id, released, p_grace);
+            IF cardinality(released) > 1 AND p_room > 0 AND NOT x.paused THEN
+                next := pipeline.start_task(
+                    p_execution, x.definition_id, ready[1].task_id, ready[1].epoch, p_worker, NULL, p_room, p_hard_limit);
+            END IF;
+        END IF;
+    ELSIF ended THEN
+        PERFORM pipeline.close_execution(p_execution, 'success');
+    ELSE
+        PERFORM set_config('synchronous_commit', 'off', true);
+        IF p_next IS NOT NULL AND p_room > 0 AND NOT x.paused THEN
+            next := pipeline.start_task(
+                p_execution, x.definition_id, p_next, p_next_epoch, p_worker, p_handler, p_room, p_hard_limit);
+        END IF;
+    END IF;
+    RETURN NEXT;
+END $$;
+
+-- Tasks of a shared message that its reader will not come to soon: each gets a message of its own.
+CREATE OR REPLACE FUNCTION pipeline.scatter(p_execution text, p_tasks text[], p_epochs int[], p_grace interval)
+RETURNS SETOF pipeline.ready_task LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM pg_advisory_xact_lock_shared(pipeline.lock_key(p_execution));
+    PERFORM 1 FROM pipeline.task_executions t
+      WHERE t.execution_id = p_execution AND t.task_id = ANY (p_tasks) ORDER BY t.task_id FOR NO KEY UPDATE;
+    RETURN QUERY
+        WITH moved AS (
+            UPDATE pipeline.task_executions t SET led_by = NULL, hints = t.hints + 1, due_at = pipeline.clock() + p_grace
+              FROM unnest(p_tasks, p_epochs) g (task_id, epoch)
+             WHERE t.execution_id = p_execution AND t.task_id = g.task_id AND t.epoch = g.epoch
+               AND t.status IN ('pending', 'retry') AND t.due_at < 'infinity'
+            RETURNING t.task_id, t.epoch, t.handler)
+        SELECT p_execution, m.task_id, m.epoch, m.handler, w.timeout, NULL::text
+          FROM moved m
+          JOIN pipeline.workflow_executions e ON e.execution_id = p_execution
+          JOIN pipeline.workflow_tasks w ON w.definition_id = e.definition_id AND w.task_id = m.task_id
+         ORDER BY w.number;
+END $$;
+
+-- The answer to a completion that finds its row moved on: a repeat of itself is told again what it released, but for
+-- what a cascade of skips released, which recovery publishes.
+CREATE OR REPLACE FUNCTION pipeline.repeat_of(
+    p_execution text, p_definition bigint, p_task text, p_epoch int, p_worker bigint, p_outcome text
+) RETURNS TABLE (outcome text, ready pipeline.ready_task[]) LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM 1 FROM pipeline.task_executions t
+      WHERE t.execution_id = p_execution AND t.task_id = p_task AND t.epoch = p_epoch AND t.worker_id = p_worker
+        AND t.status = p_outcome;
+    IF NOT FOUND THEN
+        RETURN QUERY SELECT 'stale', NULL::pipeline.ready_task[];
+        RETURN;
+    END IF;
+    RETURN QUERY
+        SELECT 'done', array_agg((t.execution_id, t.task_id, t.epoch, t.handler, w.timeout, t.led_by)::pipeline.ready_task)
+          FROM pipeline.task_executions t
+          JOIN pipeline.workflow_tasks w ON w.definition_id = p_definition AND w.task_id = t.task_id
+         WHERE t.execution_id = p_execution AND w.waits_for @> ARRAY[p_task]
+           AND t.status = 'pending' AND t.due_at IS NOT NULL;
+END $$;
+
+-- Mark tasks as ready for a claim and return them for publishing.
+CREATE OR REPLACE FUNCTION pipeline.make_ready(p_execution text, p_definition bigint, p_tasks text[], p_grace interval)
+RETURNS pipeline.ready_task[] LANGUAGE plpgsql AS $$
+DECLARE
+    ready pipeline.ready_task[];
+BEGIN
+    IF cardinality(p_tasks) > 1 THEN
+        PERFORM 1 FROM pipeline.task_executions t
+          WHERE t.execution_id = p_execution AND t.task_id = ANY (p_tasks) ORDER BY t.task_id FOR NO KEY UPDATE;
+    END IF;
+    WITH moved AS (
+        UPDATE pipeline.task_executions t
+           SET ready_at = pipeline.clock(), due_at = pipeline.clock() + p_grace, hints = 1, led_by = r.led_by
+          FROM (SELECT n.task_id, s.led_by FROM unnest(p_tasks) n (task_id)
+                  LEFT JOIN pipeline.share(p_definition, p_tasks) s USING (task_id)) r
+         WHERE t.execution_id = p_execution AND t.task_id = r.task_id AND t.status = 'pending' AND t.due_at IS NULL
+        RETURNING t.task_id, t.epoch, t.handler, t.led_by)
+    SELECT array_agg((p_execution, m.task_id, m.epoch, m.handler, w.timeout, m.led_by)::pipeline.ready_task ORDER BY w.number)
+      INTO ready
+      FROM moved m JOIN pipeline.workflow_tasks w ON w.definition_id = p_definition AND w.task_id = m.task_id;
+    RETURN ready;
+END $$;
+
+-- Decide how an execution ends: what has not started never will, and once nothing runs it is closed.
+-- The caller holds the execution's lock exclusively.
+CREATE OR REPLACE FUNCTION pipeline.decide(p_execution text, p_verdict text, p_task_status text, p_reason text)
+RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    UPDATE pipeline.workflow_executions e SET verdict = p_verdict, error_message = p_reason
+     WHERE e.execution_id = p_execution AND e.verdict IS NULL AND e.status IN ('pending', 'running', 'retry');
+    UPDATE pipeline.task_executions t
+       SET status = p_task_status, finished_at = pipeline.clock(), due_at = NULL, led_by = NULL,
+           error_message = coalesce(t.error_message || '; ', '') || p_reason
+     WHERE t.execution_id = p_execution AND t.status IN ('pending', 'retry');
+    PERFORM pipeline.close_if_idle(p_execution);
+END $$;
+
+-- Tasks whose message is due, pushed ahead so that the next look is later each time; what is paused is parked instead.
+-- The second statement sees what was committed before the first had its locks: a pause or resume is never missed.
+-- With `p_first_only`, tasks that were published before are left to the messages that the broker still holds. A task that
+-- shares a message is left to it until that message's first task was claimed a while ago, or is otherwise gone.
+CREATE OR REPLACE FUNCTION pipeline.take_due(p_limit int, p_first_only boolean, p_grace interval)
+RETURNS SETOF pipeline.ready_task LANGUAGE plpgsql AS $$
+DECLARE
+    executions text[];
+    tasks text[];
+BEGIN
+    SELECT array_agg(d.execution_id), array_agg(d.task_id) INTO executions, tasks
+      FROM (SELECT t.execution_id, t.task_id FROM pipeline.task_executions t
+             WHERE t.status IN ('pending', 'retry') AND t.due_at <= pipeline.clock()
+               AND (t.hints = 0 OR t.led_by IS NULL AND NOT p_first_only OR t.led_by IS NOT NULL AND NOT EXISTS (
+                   SELECT 1 FROM pipeline.task_executions l
+                    WHERE l.execution_id = t.execution_id AND l.task_id = t.led_by
+                      AND (l.started_at > pipeline.clock() - interval '2 s' OR l.status = 'pending'
+                           AND l.due_at IS NOT NULL AND coalesce(l.started_at, '-infinity') < t.ready_at)))
+             ORDER BY t.due_at LIMIT p_limit FOR NO KEY UPDATE OF t SKIP LOCKED) d;
+    RETURN QUERY
+        WITH pushed AS (
+            UPDATE pipeline.task_executions t
+               SET due_at = CASE WHEN e.paused THEN 'infinity'
+                                 ELSE pipeline.clock() + p_grace * (2 ^ least(t.hints, 6)) END,
+                   hints = CASE WHEN e.paused THEN 0 ELSE t.hints + 1 END, led_by = NULL,
+                   ready_at = coalesce(t.ready_at, pipeline.clock())
+              FROM unnest(executions, tasks) d (execution_id, task_id)
+              JOIN pipeline.workflow_executions e USING (execution_id)
+             WHERE t.execution_id = d.execution_id AND t.task_id = d.task_id
+            RETURNING t.execution_id, t.task_id, t.epoch, t.handler, e.definition_id, e.paused)
+        SELECT p.execution_id, p.task_id, p.epoch, p.handler, w.timeout, NULL::text
+          FROM pushed p JOIN pipeline.workflow_tasks w ON w.definition_id = p.definition_id AND w.task_id = p.task_id
+         WHERE NOT p.paused ORDER BY p.execution_id, w.number;
+END $$;
+
+CREATE OR REPLACE FUNCTION pipeline.resume_execution(p_execution text, p_user text) RETURNS text LANGUAGE plpgsql AS $$
+DECLARE
+    found_ text;
+BEGIN
+    PERFORM pg_advisory_xact_lock(pipeline.lock_key(p_execution));
+    SELECT e.status INTO found_ FROM pipeline.workflow_executions e WHERE e.execution_id = p_execution;
+    UPDATE pipeline.workflow_executions e SET paused = false WHERE e.execution_id = p_execution AND e.paused;
+    IF FOUND THEN
+        INSERT INTO pipeline.workflow_events (execution_id, kind, user_id) VALUES (p_execution, 'resume', p_user);
+        UPDATE pipeline.task_executions t
+           SET due_at = pipeline.clock(), hints = 0, led_by = NULL
+         WHERE t.execution_id = p_execution
+           AND (t.status = 'pending' AND t.due_at IS NOT NULL OR t.status = 'retry' AND t.due_at = 'infinity');
+    END IF;
+    RETURN found_;
+END $$;
+
+-- Open an ended execution again. With p_from NULL, from what did not succeed (a failed or cancelled one); else from that
+-- task with everything downstream of it, and what did not succeed besides. What else succeeded is kept.
+-- Counters are computed from the rows, never patched. Where tasks run one after another, some may have succeeded behind
+-- one that starts afresh: then only the first open task may start, and completions pass over what succeeded.
+CREATE OR REPLACE FUNCTION pipeline.reopen_execution(p_execution text, p_user text, p_from text, p_params jsonb)
+RETURNS text LANGUAGE plpgsql AS $$
+DECLARE
+    x record;
+    reset text[];
+BEGIN
+    PERFORM pg_advisory_xact_lock(pipeline.lock_key(p_execution));
+    SELECT e.status, e.definition_id, (d.definition ->> 'timeout')::float8 AS timeout,
+           d.definition ->> 'enable_parallel' IS NOT DISTINCT FROM 'false' AS sequential INTO x
+      FROM pipeline.workflow_executions e JOIN pipeline.workflow_definitions d USING (definition_id)
+     WHERE e.execution_id = p_execution;
+    IF x.status IS NULL OR NOT (x.status IN ('failed', 'cancelled') OR x.status = 'success' AND p_from IS NOT NULL) THEN
+        RETURN x.status;
+    END IF;
+    WITH RECURSIVE downstream AS (
+        SELECT w.task_id FROM pipeline.workflow_tasks w
+         WHERE w.definition_id = x.definition_id AND w.task_id = p_from
+        UNION
+        SELECT w.task_id FROM downstream d
+          JOIN pipeline.workflow_tasks w ON w.definition_id = x.definition_id AND w.dependencies @> ARRAY[d.task_id])
+    SELECT array_agg(t.task_id) INTO reset FROM pipeline.task_executions t
+     WHERE t.execution_id = p_execution
+       AND (t.status <> 'success' OR t.task_id IN (SELECT d.task_id FROM downstream d));
+    IF p_from IS NOT NULL AND NOT p_from = ANY (coalesce(reset, '{}')) THEN
+        RETURN 'no such task';
+    END IF;
+    INSERT INTO pipeline.workflow_events (execution_id, task_id, kind, user_id, detail)
+        VALUES (p_execution, p_from, CASE WHEN p_from IS NULL THEN 'retry' ELSE 'rerun' END, p_user,
+                CASE WHEN p_params IS NULL THEN '{}' ELSE jsonb_build_object('params', p_params) END);
+    INSERT INTO pipeline.task_attempts (execution_id, task_id, epoch, attempt, outcome, worker_id, started_at, ended_at,
+                                        error_type, error_message, error_traceback)
+        SELECT t.execution_id, t.task_id, t.epoch, t.attempt, t.status, t.worker_id, t.started_at, t.finished_at,
+               t.error_type, t.error_message, t.error_traceback
+          FROM pipeline.task_executions t
+         WHERE t.execution_id = p_execution AND t.task_id = ANY (reset) AND t.attempt > 0
+        ON CONFLICT DO NOTHING;  -- a task that was waiting for a retry has its attempt there already
+    UPDATE pipeline.workflow_executions e
+       SET status = 'retry', verdict = NULL, error_message = NULL, finished_at = NULL, run = e.run + 1,
+           careful = x.sequential, deadline_at = pipeline.clock() + make_interval(secs => x.timeout)
+     WHERE e.execution_id = p_execution;
+    UPDATE pipeline.task_executions t
+       SET status = 'pending', epoch = t.epoch + 1, retries = 0, losses = 0, hints = 0, finished_at = NULL,
+           due_at = NULL, led_by = NULL, ready_at = NULL, worker_id = NULL, result = NULL,
+           error_type = NULL, error_message = NULL, error_traceback = NULL,
+           params = CASE WHEN t.task_id = p_from THEN coalesce(p_params, t.params) ELSE t.params END
+     WHERE t.execution_id = p_execution AND t.task_id = ANY (reset);
+    UPDATE pipeline.join_counters c
+       SET remaining = (SELECT count(*) FROM pipeline.task_executions t
+                         WHERE t.execution_id = p_execution AND t.task_id = ANY (h.tasks) AND t.status <> 'success')
+      FROM pipeline.workflow_headers h
+     WHERE c.execution_id = p_execution AND h.definition_id = x.definition_id AND h.number = c.number;
+    UPDATE pipeline.task_executions t SET due_at = pipeline.clock(), ready_at = pipeline.clock()
+      FROM pipeline.workflow_tasks w
+     WHERE t.execution_id = p_execution AND w.definition_id = x.definition_id AND w.task_id = t.task_id
+       AND t.status = 'pending'
+       AND NOT EXISTS (SELECT 1 FROM pipeline.task_executions d
+                        WHERE d.execution_id = p_execution AND d.task_id = ANY (w.waits_for) AND d.status <> 'success')
+       AND (NOT x.sequential OR w.number = (
+           SELECT min(v.number) FROM pipeline.workflow_tasks v JOIN pipeline.task_executions o
+               ON o.execution_id = p_execution AND o.task_id = v.task_id AND o.status <> 'success'
+            WHERE v.definition_id = x.definition_id));
+    IF reset IS NULL THEN
+        PERFORM pipeline.close_execution(p_execution, 'success');
+    END IF;
+    RETURN x.status;
+END $$;
+
+-- Decide a task by hand, once its turn has come: success or skipped, whatever it is doing. Where the execution has
+-- failed or was cancelled it is opened again first. An attempt that runs loses its fence. Returns the status found, NULL
+-- where there is no such task, `waiting` where it waits for others.
+CREATE OR REPLACE FUNCTION pipeline.mark_task(
+    p_execution text, p_task text, p_status text, p_result jsonb, p_user text, p_reason text, p_grace interval
+) RETURNS TABLE (status text, changed boolean, ready pipeline.ready_task[]) LANGUAGE plpgsql AS $$
+DECLARE
+    x record;
+    found_ text;
+BEGIN
+    PERFORM pg_advisory_xact_lock(pipeline.lock_key(p_execution));
+    SELECT e.status, e.verdict, e.definition_id,
+           d.definition ->> 'enable_parallel' IS NOT DISTINCT FROM 'false' AS sequential INTO x
+      FROM pipeline.workflow_executions e JOIN pipeline.workflow_definitions d USING (definition_id)
+     WHERE e.execution_id = p_execution;
+    SELECT t.status INTO found_ FROM pipeline.task_executions t
+     WHERE t.execution_id = p_execution AND t.task_id = p_task;
+    IF found_ IS NULL OR found_ = 'success' OR x.status = 'success' OR (x.verdict IS NOT NULL AND found_ = 'running') THEN
+        RETURN QUERY SELECT found_, false, NULL::pipeline.ready_task[];
+        RETURN;
+    END IF;
+    PERFORM 1 FROM pipeline.workflow_tasks w
+       JOIN pipeline.workflow_tasks v ON v.definition_id = w.definition_id
+        AND (v.task_id = ANY (w.waits_for) OR x.sequential AND v.number < w.number)
+       JOIN pipeline.task_executions d ON d.execution_id = p_execution AND d.task_id = v.task_id
+        AND d.status <> 'success' AND (d.status <> 'skipped' OR x.verdict IS NOT NULL)
+      WHERE w.definition_id = x.definition_id AND w.task_id = p_task;
+    IF FOUND THEN
+        RETURN QUERY SELECT 'waiting', false, NULL::pipeline.ready_task[];
+        RETURN;
+    END IF;
+    IF x.status IN ('failed', 'cancelled') THEN
+        PERFORM pipeline.reopen_execution(p_execution, p_user, NULL, NULL);
+    ELSIF found_ NOT IN ('pending', 'retry', 'running') THEN
+        RETURN QUERY SELECT found_, false, NULL::pipeline.ready_task[];
+        RETURN;
+    END IF;
+    INSERT INTO pipeline.workflow_events (execution_id, task_id, kind, user_id, detail)
+        VALUES (p_execution, p_task, 'mark', p_user, jsonb_build_object('status', p_status, 'reason', p_reason));
+    INSERT INTO pipeline.task_attempts (execution_id, task_id, epoch, attempt, outcome, worker_id, started_at,
+                                        error_type, error_message, error_traceback)
+        SELECT t.execution_id, t.task_id, t.epoch, t.attempt, 'released', t.worker_id, t.started_at,
+               t.error_type, 'decided by hand while it ran', t.error_traceback
+          FROM pipeline.task_executions t
+         WHERE t.execution_id = p_execution AND t.task_id = p_task AND t.status = 'running'
+        ON CONFLICT DO NOTHING;
+    UPDATE pipeline.task_executions t
+       SET status = p_status, epoch = t.epoch + 1, due_at = NULL, led_by = NULL, deadline_at = NULL, finished_at = pipeline.clock(),
+           result = CASE p_status WHEN 'success' THEN p_result END, error_type = NULL, error_traceback = NULL,
+           error_message = format('marked as %s by %s: %s', p_status, coalesce(p_user, 'somebody'), p_reason)
+     WHERE t.execution_id = p_execution AND t.task_id = p_task;
+    IF p_status = 'skipped' THEN
+        UPDATE pipeline.workflow_executions e SET careful = true WHERE e.execution_id = p_execution;
+    END IF;
+    RETURN QUERY SELECT found_, true, pipeline.release(p_execution, x.definition_id, p_task, p_grace);
+END $$;

@@ -1,0 +1,205 @@
+"""EXECUTE, several tasks in a row: what one message brings, and what each success releases, in one thread.
+
+A message may name more tasks than one; and who completes a task claims the next in the same round trip. Both are only
+short cuts: a task is claimed, run and recorded as if it had come alone. A turn lasts a moment. What it has not come to
+soon gets messages of its own, so that slow tasks hold nothing up that another worker could run.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from celery.exceptions import Ignore
+
+from pipeline.attendant import Attendant
+from pipeline.dispatch import Dispatcher, read_message
+from pipeline.errors import DatabaseUnavailable
+from pipeline.events import Reporter
+from pipeline.result_store.rows import NOTHING, Claim, Ended, Follow, ReadyTask
+
+log = logging.getLogger(__name__)
+
+#: seconds that tasks wait behind a running one before they get messages of their own
+_PATIENCE = 0.05
+#: seconds after which a turn takes nothing on; less than Celery's time limit leaves beyond a timeout
+_LONGEST = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One task of a turn, as a message of its own would have named it."""
+
+    task_id: str
+    epoch: int
+    handler: str
+
+
+class Turn:
+    """The tasks that one thread runs one after another, all of one execution.
+
+    Args:
+        execution_id: whose tasks they are.
+        handler: of the tasks that the message names.
+        named: the tasks that the message names beside its first, with their epochs.
+        room: longest timeout in seconds that the message's time limit covers.
+        scatter: gives tasks messages of their own; called from any thread.
+    """
+
+    def __init__(
+        self, *, execution_id: str, handler: str, named: Iterable[tuple[str, int]], room: float,
+        scatter: Callable[[str, dict[str, int]], None],
+    ) -> None:  # fmt: skip
+        self.execution_id, self._handler, self._room, self._scatter = execution_id, handler, room, scatter
+        self._waiting = deque(Step(task_id=task, epoch=epoch, handler=handler) for task, epoch in named)
+        self._began = time.monotonic()
+        self._ends = self._began + _LONGEST
+        self._claim: Claim | None = None
+        #: set where nothing more is to run in it
+        self.over = False
+        #: set while somebody looks after what waits
+        self.watched = False
+
+    def claim_of(self, task_id: str, epoch: int) -> Claim | None:
+        """The claim of a task where it was made together with the end of the one before."""
+        claim = self._claim
+        if claim is None or (claim.task_id, claim.epoch) != (task_id, epoch + 1):
+            return None
+        self._claim = None
+        return claim
+
+    def follow(self) -> Follow:
+        """What may be claimed together with the end of the present task."""
+        if self.over or time.monotonic() > self._ends:
+            return NOTHING
+        try:
+            step = self._waiting[0]
+        except IndexError:
+            return Follow(room=self._room)
+        return Follow(room=self._room, task_id=step.task_id, epoch=step.epoch, handler=step.handler)
+
+    def go_on(self, ended: Ended) -> tuple[ReadyTask, ...]:
+        """Take what was claimed, and what shares its message; returns what is left to be published."""
+        self._claim = claim = ended.next
+        if claim is None:
+            return ended.ready
+        kept = [Step(task_id=r.task_id, epoch=r.epoch, handler=r.handler) for r in ended.ready if r.led_by == claim.task_id]
+        self._waiting.extend(kept)
+        with suppress(ValueError, IndexError):  # given away meanwhile
+            self._waiting.remove(Step(task_id=claim.task_id, epoch=claim.epoch - 1, handler=claim.handler))
+        return tuple(r for r in ended.ready if claim.task_id not in (r.task_id, r.led_by))
+
+    def next(self) -> Step | None:
+        """The task to run now; None: the turn is over, and what still waited was given away."""
+        self._began = time.monotonic()
+        if self._claim is not None:
+            claim = self._claim
+            return Step(task_id=claim.task_id, epoch=claim.epoch - 1, handler=claim.handler)
+        if self.over or self._began > self._ends:
+            self.give_away()
+            return None
+        try:
+            return self._waiting.popleft()
+        except IndexError:
+            return None
+
+    def look(self) -> float | None:
+        """Give away what has waited for too long; returns the moment of the next look, None where nothing waits."""
+        moment = self._began + _PATIENCE
+        if self._waiting and time.monotonic() >= moment:
+            self.give_away()
+        self.watched = bool(self._waiting)
+        return moment if self.watched else None
+
+    def give_away(self) -> None:
+        """Give what waits messages of its own."""
+        given: dict[str, int] = {}
+        while True:
+            try:
+                step = self._waiting.popleft()
+            except IndexError:
+                break
+            given[step.task_id] = step.epoch
+        if given:
+            self._scatter(self.execution_id, given)
+
+
+class Turns:
+    """The turns of this process, one in each thread that runs tasks.
+
+    Args:
+        dispatcher: publishes what is given away.
+        attendant: looks after what waits, and knows whether the worker is about to end.
+        reporter: says what happens to tasks without a message of their own.
+    """
+
+    def __init__(self, dispatcher: Dispatcher, attendant: Attendant, reporter: Reporter) -> None:
+        self._dispatcher, self._attendant, self._reporter = dispatcher, attendant, reporter
+        self._local = threading.local()
+
+    @property
+    def current(self) -> Turn | None:
+        """The turn of this thread; None outside of a worker."""
+        turn: Turn | None = getattr(self._local, "turn", None)
+        return turn
+
+    def tracer(self, handler: str, trace: Callable[..., Any]) -> Callable[..., Any]:
+        """Celery's tracer of a task, made to go on with the rest of the turn.
+
+        Each further task goes through its own tracer, so that Celery's signals and logs know it as any other.
+        """
+
+        def run(uuid: str, args: Any, kwargs: Any, request: dict[str, Any]) -> Any:
+            turn = self._turn(handler, args, request)
+            if turn is None:
+                return trace(uuid, args, kwargs, request)
+            self._local.turn = turn
+            try:
+                answer = trace(uuid, args, kwargs, request)
+                self._reporter.ended(uuid, answer, alone=True)
+                while (step := turn.next()) is not None:
+                    self._follow(turn, step, request)
+                return answer
+            finally:
+                self._local.turn = None
+
+        return run
+
+    def watch(self, turn: Turn) -> None:
+        """See to it that nothing waits for long."""
+        if not turn.watched and (moment := turn.look()) is not None:
+            self._attendant.remind(moment, turn.look)
+
+    def _turn(self, handler: str, args: Any, request: dict[str, Any]) -> Turn | None:
+        try:
+            message = read_message(args)
+        except Ignore:  # the task's body says so
+            return None
+        hard_limit, _ = request.get("timelimit") or (None, None)
+        turn = Turn(
+            execution_id=message.execution_id, handler=handler, named=message.others,
+            room=max(0.0, (hard_limit or 0.0) - 2 * self._dispatcher.hard_limit), scatter=self._scatter,
+        )  # fmt: skip
+        self.watch(turn)
+        return turn
+
+    def _follow(self, turn: Turn, step: Step, request: dict[str, Any]) -> None:
+        uuid, args = f"{turn.execution_id}_{step.task_id}", (turn.execution_id, step.task_id, step.epoch)
+        own = {**request, "id": uuid, "task": step.handler, "args": args, "argsrepr": f"epoch {step.epoch}"}
+        self._reporter.started(uuid, step.handler, own)
+        answer = self._dispatcher.celery.tasks[step.handler].tracer(uuid, args, {}, own)
+        self._reporter.ended(uuid, answer, alone=False)
+
+    def _scatter(self, execution_id: str, tasks: dict[str, int]) -> None:
+        try:
+            ready = self._attendant.store.scatter(execution_id, tasks)
+        except DatabaseUnavailable as exc:  # recovery finds them
+            log.warning("%s", exc)
+        else:
+            self._dispatcher.try_publish(ready)

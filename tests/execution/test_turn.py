@@ -1,0 +1,169 @@
+"""Tasks that run in a row: without messages of their own, and without holding each other up."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from pipeline.result_store.connection import Database
+from pipeline.states import ExecutionStatus, TaskStatus
+from tests.conftest import NO_RETRY, SOON, Site, task, workflow
+
+WIDTH = 60
+
+
+def received(site: Site, execution_id: str, worker: str = "worker") -> int:
+    """How many messages of an execution a worker has taken."""
+    return sum(execution_id in line and line.endswith(" received") for line in site.log(worker).splitlines())
+
+
+def chain(length: int) -> dict[str, Any]:
+    return workflow(*(task(f"t{n}", after=(f"t{n - 1}",) if n else ()) for n in range(length)))
+
+
+def waiting(folder: Path, count: int) -> dict[str, Any]:
+    """Tasks of which the first waits for a file and the others find theirs."""
+    (folder / "there").touch()
+    return workflow(*(
+        task(f"t{n}", "site.wait_for_file", params={"path": str(folder / ("there" if n else "late"))}) for n in range(count)
+    ))  # fmt: skip
+
+
+def test_chain_of_quick_tasks_goes_on_in_one_process_without_a_message_for_each(sites: Callable[..., Site]) -> None:
+    site = sites()
+    with site.worker(concurrency=1):
+        done = site.run(chain(40))
+    assert (done.status, {t.attempt for t in done.tasks.values()}) == (ExecutionStatus.SUCCESS, {1})
+    assert 1 <= received(site, done.execution_id) < 20
+    ends = [done.tasks[f"t{n}"] for n in range(40)]
+    assert all(a.finished_at <= b.started_at for a, b in pairwise(ends))  # type: ignore[operator]
+
+
+def test_wide_tasks_share_messages_and_each_is_recorded_with_its_own_attempt(sites: Callable[..., Site]) -> None:
+    site = sites()
+    with site.worker(concurrency=2):
+        done = site.run(workflow(*(task(f"t{n}", "debug.echo", params={"n": n}) for n in range(WIDTH)),
+                                 task("join", after=tuple(f"t{n}" for n in range(WIDTH)))))  # fmt: skip
+    assert done.status is ExecutionStatus.SUCCESS
+    assert {n: done.results[f"t{n}"] for n in range(WIDTH)} == {n: {"n": n} for n in range(WIDTH)}
+    assert {t.attempt for t in done.tasks.values()} == {1}
+    assert 1 <= received(site, done.execution_id) < WIDTH / 2
+
+
+def test_tasks_behind_one_that_takes_long_are_run_by_another_worker(sites: Callable[..., Site], tmp_path: Path) -> None:
+    site = sites(grace=1.0)  # a worker may have fetched the message of one task before the other was there
+    with site.worker(concurrency=1):
+        started = site.engine.execute_workflow(waiting(tmp_path, 6))
+        site.until_running(started, "t0")
+        assert received(site, started) == 1
+        with site.worker(concurrency=1, name="second"):
+            site.until(lambda: all(site.task(started, f"t{n}").status is TaskStatus.SUCCESS for n in range(1, 6)))
+            assert site.task(started, "t0").status is TaskStatus.RUNNING
+            (tmp_path / "late").touch()
+            done = site.engine.wait(started, 60)
+    assert {t.attempt for t in done.tasks.values()} == {1}
+
+
+def test_process_killed_in_a_turn_leaves_the_rest_of_it_to_recovery(sites: Callable[..., Site], tmp_path: Path) -> None:
+    site = sites(grace=1.0)
+    (tmp_path / "there").touch()
+    with site.worker(concurrency=1):
+        definition = workflow(*(task(f"t{n}", "site.die", params={"attempts": 1}, timeout=30) for n in range(5)))
+        done = site.run(definition)
+    assert (done.status, {t.losses for t in done.tasks.values()}) == (ExecutionStatus.SUCCESS, {1})
+
+
+def test_handler_that_runs_long_gets_a_message_for_each_task(sites: Callable[..., Site]) -> None:
+    site = sites()
+    link = site.engine.installation.store.link
+
+    def slow() -> bool:
+        assert isinstance(link, Database)
+        with link.connection.cursor() as cursor:
+            cursor.execute("SELECT 1 FROM pipeline.workers WHERE 'debug.sleep' = ANY (slow) AND expires_at > now()")
+            return cursor.fetchone() is not None
+
+    with site.worker(concurrency=1):
+        site.run(workflow(task("t", "debug.sleep", params={"seconds": 0.2})))
+        site.until(slow)
+        done = site.run(workflow(*(task(f"t{n}", "debug.sleep", params={"seconds": 0}) for n in range(10))))
+        assert received(site, done.execution_id) == 10
+        site.until(lambda: not slow())
+
+
+def test_worker_that_is_told_to_end_starts_nothing_more_of_its_turn(sites: Callable[..., Site], tmp_path: Path) -> None:
+    site = sites(grace=600.0)
+    with site.worker(concurrency=1) as process:
+        started = site.engine.execute_workflow(waiting(tmp_path, 4))
+        site.until_running(started, "t0")
+        (child,) = [p for p in psutil.Process(process.pid).children() if "scheduler" not in p.cmdline()]
+        child.suspend()  # so that it sees the file and the worker's end together
+        (tmp_path / "late").touch()
+        process.send_signal(signal.SIGTERM)
+        site.until(lambda: "Warm shutdown" in site.log("worker"))
+        child.resume()
+        process.wait(60)
+    found = site.engine.get_execution(started).tasks
+    assert (found["t0"].status, found["t0"].attempt) == (TaskStatus.SUCCESS, 1)
+    assert {(found[f"t{n}"].status, found[f"t{n}"].attempt) for n in range(1, 4)} == {(TaskStatus.PENDING, 0)}
+    with site.worker(concurrency=1, name="next"):
+        assert site.engine.wait(started, 60).status is ExecutionStatus.SUCCESS
+
+
+@contextmanager
+def events(site: Site) -> Iterator[list[dict[str, Any]]]:
+    """What whoever watches the workers is told."""
+    celery, heard, stop = site.engine.installation.celery, list[dict[str, Any]](), threading.Event()
+    with celery.connection_for_read() as connection:
+        receiver = celery.events.Receiver(connection, handlers={"*": heard.append})
+
+        def listen() -> None:
+            while not stop.is_set():
+                try:
+                    receiver.capture(limit=None, timeout=0.2, wakeup=False)
+                except TimeoutError:
+                    continue
+
+        thread = threading.Thread(target=listen)
+        thread.start()
+        try:
+            yield heard
+        finally:
+            stop.set()
+            thread.join()
+
+
+def test_every_task_of_a_turn_has_its_events_once_while_somebody_watches(sites: Callable[..., Site]) -> None:
+    site = sites()
+    definition = workflow(
+        *(task(f"t{n}") for n in range(20)), task("after", after=("t3",)),
+        task("again", "site.fail_until", after=("after",), params={"attempt": 2}, retry_policy=SOON),
+        task("fails", "debug.fail", after=("again", *(f"t{n}" for n in range(20))), params={"message": "x"},
+             retry_policy=NO_RETRY),
+    )  # fmt: skip
+    with site.worker(concurrency=2), events(site) as heard:
+        site.engine.installation.celery.control.enable_events()
+        site.until(lambda: any(e["type"] == "worker-heartbeat" for e in heard) or (site.run(chain(2)) and len(heard) > 2))
+        done = site.run(definition)
+        assert done.status is ExecutionStatus.FAILED
+
+        def told() -> dict[str, Counter[str]]:
+            kinds: dict[str, Counter[str]] = {}
+            for event in list(heard):
+                if str(event.get("uuid", "")).startswith(done.execution_id):
+                    kinds.setdefault(event["uuid"].partition("_")[2], Counter())[event["type"]] += 1
+            return kinds
+
+        success = {"task-received": 1, "task-started": 1, "task-succeeded": 1}
+        wanted = {t: success for t in done.tasks if t not in ("again", "fails")}
+        wanted["again"] = {"task-received": 2, "task-started": 2, "task-succeeded": 1, "task-retried": 1}
+        wanted["fails"] = {"task-received": 1, "task-started": 1, "task-failed": 1}
+        site.until(lambda: told() == wanted, 20)
