@@ -1,6 +1,6 @@
 # Needs a Python from 3.11 on, and make. Everything else goes into .venv.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check crash clean
+.PHONY: help install demo test check crash mutants bench clean
 
 VENV := .venv
 PYTHON = $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -33,6 +33,12 @@ check: install ## ruff and mypy --strict
 
 crash: install ## ten minutes of faults of every kind, then three losses in the middle of work
 	$(VENV)/bin/python -m pipeline.testing --minutes 10 --scenarios $(ARGS)
+
+bench: install ## side by side with stock Celery and its peers, about an hour; ARGS=--quick: five minutes
+	$(VENV)/bin/python -m benchmarks $(ARGS)
+
+mutants: install ## break the store on purpose, piece by piece, and see that its tests notice; six minutes
+	$(VENV)/bin/python -m tests.store.mutants $(ARGS)
 
 clean: ## remove what was built; .pipeline, with your data, stays
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -48,8 +48,9 @@ worker_log_format = "%(asctime)s %(levelname)s %(processName)s %(name)s: %(messa
 worker_task_log_format = worker_log_format
 
 REDIS_TRANSPORT: dict[str, Any] = {
-    # Long enough never to matter: acks are early.
-    "visibility_timeout": 3600,
+    # No copies of what a worker has fetched: they cost two round trips for each message, and recovery publishes again what
+    # is lost with a worker.
+    "ack_emulation": False,
     "socket_connect_timeout": 3,
     # BRPOP blocks for shorter; a half-open connection is noticed.
     "socket_timeout": 30,

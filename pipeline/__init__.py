@@ -4,7 +4,7 @@ DEFINE     definition  builder  document      what is declared: in Python, YAML,
 VALIDATE   validation  contents  problems  templates  graph  catalogue
                                               every problem at once, with place and mend
 COMPILE    compiler  drawing  picture         groups and chords, and how they look
-DISPATCH   dispatch                           record an execution, publish what is ready
+DISPATCH   dispatch  redis_transport          record an execution, publish what is ready
 EXECUTE    handler  execution  turn  payload  artifacts  redaction
                                               the Celery task around every handler, several of them in a row
            attendance  attendant  worker  pulse

@@ -22,6 +22,7 @@ from pipeline.errors import HandlerImportError, SettingsError
 from pipeline.execution import ExecutionPolicy, Executor, celery_task
 from pipeline.handler import Handler, collect
 from pipeline.recovery import Recovery
+from pipeline.redis_transport import Connection
 from pipeline.result_backend import StoreBackend
 from pipeline.result_store.migrations import upgrade
 from pipeline.result_store.store import ResultStore
@@ -102,6 +103,7 @@ class Installation:
         celery.config_from_object(celeryconfig)
         redis = self.broker_url.startswith("redis")
         celery.installation = self
+        celery.amqp.Connection = Connection
         queue = self.settings.queue
         exchange = Exchange(queue, type="direct" if redis else "topic")
         celery.conf.update(

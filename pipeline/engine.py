@@ -103,7 +103,7 @@ class WorkflowEngine:
             definition, data, definition_id=key, user_id=user_id, idempotency_key=idempotency_key, store=store
         )
         if created.created and connection is None:
-            dispatcher.try_publish(store.ready_tasks(created.execution_id))
+            dispatcher.try_publish(created.ready)
         return created.execution_id
 
     def wait(self, execution_id: str, timeout: float | None = None) -> Execution:

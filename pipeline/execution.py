@@ -16,6 +16,7 @@ import random
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache, partial
@@ -62,6 +63,8 @@ _STOPPED: dict[type[Exception], str] = {Cancelled: "cancelled", HandedBack: "rel
 #: how much of a traceback is kept, from its end
 _TRACEBACK_LENGTH = 16_384
 _MESSAGE_LENGTH = 8_192
+#: executions whose state a process remembers
+_STATES = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +87,8 @@ class Attempt:
     state: State
     number: int
     retries: int
+    #: of its dependencies, where the claim brought them
+    results: Mapping[str, Any] | None
     attendance: Attendance
 
 
@@ -179,7 +184,7 @@ class Executor:
         self.attendant = Attendant(store, lease=lease, hard_limit=hard_limit, name=worker_name, killable=killable)
         self.turns = Turns(dispatcher, self.attendant, self.reporter)
         self._definition = lru_cache(maxsize=32)(lambda key: WorkflowDefinition.from_json(store.definition(key)))
-        self._state = lru_cache(maxsize=64)(store.state)
+        self._states: dict[str, State] = {}
 
     def execute(self, task: HandlerTask, message: tuple[Any, ...]) -> Any:
         """Everything that happens between a message and its successors' messages.
@@ -203,8 +208,9 @@ class Executor:
                 self.dispatcher.give_back(execution_id, task_id, epoch, task)
             raise Ignore
         claim = claim or self.store.claim(
-            execution_id=execution_id, task_id=task_id, epoch=epoch, worker_id=worker_id, handler=task.name
-        )
+            execution_id=execution_id, task_id=task_id, epoch=epoch, worker_id=worker_id, handler=task.name,
+            with_state=execution_id not in self._states,
+        )  # fmt: skip
         if claim is None:
             log.debug("message for task %s of %s (epoch %s) is stale", task_id, execution_id, epoch)
             raise Ignore
@@ -218,12 +224,19 @@ class Executor:
             if attendance is None:  # a doubled message repeats the claim of another thread
                 raise Ignore
             attempt = Attempt(
-                fence=fence, definition=definition, task=declared, state=self._state(execution_id),
-                number=claim.attempt, retries=claim.retries, attendance=attendance,
+                fence=fence, definition=definition, task=declared, state=self._state(execution_id, claim.state),
+                number=claim.attempt, retries=claim.retries, results=claim.results, attendance=attendance,
             )  # fmt: skip
             attendance.give_up = partial(self._give_up, attempt)
             task.request.attempt = attempt
             return self._run(task, attempt)
+
+    def _state(self, execution_id: str, brought: State | None) -> State:
+        state = brought or self._states.get(execution_id) or self.store.state(execution_id)
+        if self._states.setdefault(execution_id, state) is state and len(self._states) > _STATES:
+            with suppress(KeyError, RuntimeError, StopIteration):  # other threads do the same
+                del self._states[next(iter(self._states))]
+        return state
 
     def _run(self, task: HandlerTask, attempt: Attempt) -> Any:
         try:
@@ -285,7 +298,9 @@ class Executor:
         names = {p.name for p in handler.spec.parameters}
         taken = {d: bound_name(d, names) for d in task.dependencies if handler.open_ended or bound_name(d, names)}
         mentioned = task_names(task.params)
-        results = self.store.results(fence.execution_id, {*taken, *mentioned}) if taken or mentioned else {}
+        needed, results = {*taken, *mentioned}, attempt.results or {}
+        if not needed <= results.keys():
+            results = self.store.results(fence.execution_id, needed)
         execution = {
             "id": fence.execution_id, "workflow_id": state.workflow_id, "user_id": state.created_by,
             "task_id": fence.task_id, "attempt": attempt.number,

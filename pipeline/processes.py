@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 from argparse import Namespace
-from contextlib import suppress
 
 from pipeline.app import Installation
 from pipeline.display import say
@@ -57,7 +57,10 @@ def worker(arguments: Namespace) -> bool:
 def scheduler(arguments: Namespace) -> bool:
     """Look after what was lost, until a signal comes or standard input ends."""
     stop = threading.Event()
-    with suppress(KeyboardInterrupt), Installation.open() as installation:
+    # Not by an exception: it would come between any two instructions, and some code swallows whatever it is.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    with Installation.open() as installation:
         if arguments.beside:
             name, _, pid = arguments.beside.rpartition(":")
             pulse = Pulse(store=installation.store, name=name, pid=int(pid), lease=installation.settings.lease)

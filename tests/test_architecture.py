@@ -53,6 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "result_store.attempts", "result_store.connection", "result_store.definitions", "result_store.executions",
         "result_store.fleet", "result_store.rows",
     },
+    "redis_transport": set(),
     "dispatch": {"compiler", "definition", *RUN},
     "attendance": {"handler", *RUN},
     "attendant": {"attendance", "handler", *RUN},
@@ -75,7 +76,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "stack": {"errors"},
     "worker": {"errors", "execution", "result_store.migrations"},
     "app": {
-        "catalogue", "dispatch", "document", "embedded", "execution", "handler", "recovery", "redaction",
+        "catalogue", "dispatch", "document", "embedded", "execution", "handler", "recovery", "redaction", "redis_transport",
         "result_backend", "result_store.migrations", "retention", "triggers", "worker", "config", *RUN,
     },
     "engine": {"app", "builder", "catalogue", "compiler", "definition", "document", "observe", "validation", "config", *RUN},

@@ -18,15 +18,46 @@ class _Result:
     result: Any
 
 
+@dataclass(frozen=True, kw_only=True)
+class _ClaimRow:
+    definition_id: int
+    task_id: str
+    handler: str
+    epoch: int
+    attempt: int
+    retries: int
+    params: dict[str, Any] | None
+    results: dict[str, Any] | None
+    workflow_id: str | None
+    created_by: str | None
+    variables: dict[str, Any] | None
+    input_data: dict[str, Any] | None
+
+    def claim(self) -> rows.Claim:
+        state = None
+        if self.workflow_id is not None and self.variables is not None and self.input_data is not None:
+            state = rows.State(
+                workflow_id=self.workflow_id, created_by=self.created_by, variables=self.variables,
+                input_data=self.input_data,
+            )  # fmt: skip
+        return rows.Claim(
+            definition_id=self.definition_id, task_id=self.task_id, handler=self.handler, epoch=self.epoch,
+            attempt=self.attempt, retries=self.retries, params=self.params, results=self.results, state=state,
+        )  # fmt: skip
+
+
 class Attempts(Door):
     """What workers do with tasks."""
 
-    def claim(self, *, execution_id: str, task_id: str, epoch: int, worker_id: int, handler: str) -> rows.Claim | None:
+    def claim(
+        self, *, execution_id: str, task_id: str, epoch: int, worker_id: int, handler: str, with_state: bool = False
+    ) -> rows.Claim | None:
         """Take a task for an incarnation; None: the message was stale, nothing is to be run."""
-        return self._one(
-            "claim_task", rows.Claim, execution_id=execution_id, task_id=task_id, epoch=epoch, worker_id=worker_id,
-            handler=handler, hard_limit=self.hard_limit * 3,
+        found = self._one(
+            "claim_task", _ClaimRow, execution_id=execution_id, task_id=task_id, epoch=epoch, worker_id=worker_id,
+            handler=handler, hard_limit=self.hard_limit * 3, with_state=with_state,
         )  # fmt: skip
+        return None if found is None else found.claim()
 
     def state(self, execution_id: str) -> rows.State:
         """What every task of an execution may read; it never changes."""

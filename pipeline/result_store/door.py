@@ -52,17 +52,23 @@ class Count:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EndedRow:
-    """An outcome beside one of the tasks that it made ready."""
+class ReadyRow:
+    """One of the tasks that a statement made ready; empty where it made none."""
 
-    outcome: str
-    changed: bool = True
     execution_id: str | None
     task_id: str | None
     epoch: int | None
     handler: str | None
     timeout: float | None
     led_by: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndedRow(ReadyRow):
+    """An outcome beside one of the tasks that it made ready."""
+
+    outcome: str
+    changed: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,11 +82,17 @@ class CompletedRow(EndedRow):
     next_attempt: int | None
     next_retries: int | None
     next_params: dict[str, Any] | None
+    next_results: dict[str, Any] | None
 
 
 def ended_of(found: Sequence[EndedRow], claimed: rows.Claim | None = None) -> rows.Ended:
     """The outcome with all tasks that it made ready."""
-    ready = tuple(
+    return rows.Ended(outcome=found[0].outcome, changed=found[0].changed, ready=ready_of(found), next=claimed)
+
+
+def ready_of(found: Sequence[ReadyRow]) -> tuple[rows.ReadyTask, ...]:
+    """The tasks that a statement made ready."""
+    return tuple(
         rows.ReadyTask(
             execution_id=r.execution_id, task_id=r.task_id, epoch=r.epoch, handler=r.handler, timeout=r.timeout,
             led_by=r.led_by,
@@ -89,7 +101,6 @@ def ended_of(found: Sequence[EndedRow], claimed: rows.Claim | None = None) -> ro
         if r.execution_id is not None and r.task_id is not None and r.epoch is not None
         and r.handler is not None and r.timeout is not None
     )  # fmt: skip
-    return rows.Ended(outcome=found[0].outcome, changed=found[0].changed, ready=ready, next=claimed)
 
 
 def claimed_of(row: CompletedRow) -> rows.Claim | None:
@@ -101,7 +112,7 @@ def claimed_of(row: CompletedRow) -> rows.Claim | None:
         return None
     return rows.Claim(
         definition_id=row.next_definition, task_id=row.next_task, handler=row.next_handler, epoch=row.next_epoch,
-        attempt=row.next_attempt, retries=row.next_retries, params=row.next_params,
+        attempt=row.next_attempt, retries=row.next_retries, params=row.next_params, results=row.next_results,
     )  # fmt: skip
 
 

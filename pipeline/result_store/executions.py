@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.errors import ExecutionNotFound, TaskNotFound
 from pipeline.result_store import rows
-from pipeline.result_store.door import Count, Door, EndedRow, ended_of, jsonb
+from pipeline.result_store.door import Count, Door, EndedRow, ReadyRow, ended_of, jsonb, ready_of
 from pipeline.states import ExecutionStatus, TaskStatus
 
 
@@ -21,14 +21,16 @@ class Executions(Door):
         input_data: Mapping[str, Any], input_digest: str, variables: Mapping[str, Any], timeout: float | None, queue_timeout: float | None = None,
     ) -> rows.Created:  # fmt: skip
         """Record an execution and all its tasks, or find the one that its idempotency key belongs to."""
-        created = self._one(
-            "create_execution", rows.Created, execution_id=execution_id, definition_id=definition_id, user_id=user_id,
+        found = self._all(
+            "create_execution", _CreatedRow, execution_id=execution_id, definition_id=definition_id, user_id=user_id,
             idempotency_key=idempotency_key, input_data=jsonb(input_data), input_digest=input_digest,
             variables=jsonb(variables), timeout=_seconds(timeout), queue_timeout=_seconds(queue_timeout),
             grace=self.grace,
         )  # fmt: skip
-        assert created is not None  # the function always returns a row
-        return created
+        made = found[0]  # the function always returns a row
+        return rows.Created(
+            created=made.created, execution_id=made.owner, same_work=made.same_work, ready=ready_of(found)
+        )
 
     def ready_tasks(self, execution_id: str) -> tuple[rows.ReadyTask, ...]:
         """Tasks that wait for a worker."""
@@ -139,6 +141,13 @@ class Executions(Door):
     def forget_executions(self, execution_ids: Sequence[str]) -> int:
         """Delete ended executions with all their rows; returns how many."""
         return self._all("forget_executions", Count, execution_ids=list(execution_ids))[0].count
+
+
+@dataclass(frozen=True, kw_only=True)
+class _CreatedRow(ReadyRow):
+    created: bool
+    owner: str
+    same_work: bool
 
 
 @dataclass(frozen=True, kw_only=True)

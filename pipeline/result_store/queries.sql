@@ -42,9 +42,9 @@ SELECT d.definition_id, d.definition::text AS definition
 
 -- create_execution --
 -- Record an execution, its state, all its tasks and counters.
-SELECT * FROM pipeline.create_execution(
+SELECT c.created, c.execution_id AS owner, c.same_work, r.* FROM pipeline.create_execution(
     %(execution_id)s, %(definition_id)s, %(user_id)s, %(idempotency_key)s, %(input_data)s, %(input_digest)s,
-    %(variables)s, %(timeout)s, %(queue_timeout)s, %(grace)s)
+    %(variables)s, %(timeout)s, %(queue_timeout)s, %(grace)s) c LEFT JOIN unnest(c.ready) r ON true
 
 -- ready_tasks --
 -- The tasks of an execution that wait for a worker, as a publisher needs them.
@@ -56,8 +56,13 @@ SELECT t.execution_id, t.task_id, t.epoch, t.handler, w.timeout, t.led_by
  ORDER BY w.number
 
 -- claim_task --
--- Take a task for this worker's incarnation; no row where the message was stale.
-SELECT * FROM pipeline.claim_task(%(execution_id)s, %(task_id)s, %(epoch)s, %(worker_id)s, %(handler)s, %(hard_limit)s)
+-- Take a task for this worker's incarnation; no row where the message was stale. `with_state` brings what never changes.
+SELECT c.*, s.* FROM pipeline.claim_task(
+    %(execution_id)s, %(task_id)s, %(epoch)s, %(worker_id)s, %(handler)s, %(hard_limit)s) c
+  LEFT JOIN LATERAL (
+    SELECT e.workflow_id, e.created_by, s.variables, s.input_data
+      FROM pipeline.workflow_executions e JOIN pipeline.workflow_states s USING (execution_id)
+     WHERE e.execution_id = %(execution_id)s AND %(with_state)s) s ON true
 
 -- execution_state --
 -- What every task of an execution may read.
@@ -74,7 +79,7 @@ SELECT task_id, result FROM pipeline.task_executions
 -- Record a success along the straight path, and claim what this worker goes on with.
 SELECT c.outcome, (c.next).definition_id AS next_definition, (c.next).task_id AS next_task, (c.next).handler AS next_handler,
        (c.next).epoch AS next_epoch, (c.next).attempt AS next_attempt, (c.next).retries AS next_retries,
-       (c.next).params AS next_params, r.*
+       (c.next).params AS next_params, (c.next).results AS next_results, r.*
   FROM pipeline.complete_task(
     %(execution_id)s, %(task_id)s, %(epoch)s, %(worker_id)s, %(result)s, %(grace)s,
     %(room)s, %(next_task)s, %(next_epoch)s, %(handler)s, %(hard_limit)s) c

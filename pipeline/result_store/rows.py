@@ -31,6 +31,17 @@ class Created:
     execution_id: str
     #: whether definition and input are those of the execution that the key belongs to
     same_work: bool
+    ready: tuple[ReadyTask, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """What every task of an execution may read."""
+
+    workflow_id: str
+    created_by: str | None
+    variables: dict[str, Any]
+    input_data: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +57,10 @@ class Claim:
     retries: int
     #: replace the definition's params, where somebody gave others
     params: dict[str, Any] | None
+    #: of the declared dependencies, where they are few and small
+    results: dict[str, Any] | None = None
+    #: where it was asked for
+    state: State | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,16 +116,6 @@ class Ended:
     ready: tuple[ReadyTask, ...]
     #: what the worker goes on with, claimed already
     next: Claim | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class State:
-    """What every task of an execution may read."""
-
-    workflow_id: str
-    created_by: str | None
-    variables: dict[str, Any]
-    input_data: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -197,13 +197,13 @@ $$ SELECT hashtextextended(p_execution, 20) $$;
 CREATE TYPE pipeline.ready_task AS (
     execution_id text, task_id text, epoch int, handler text, timeout double precision, led_by text);
 
--- A task that was just claimed, as its worker needs it.
+-- A task that was just claimed, as its worker needs it; with the results of its dependencies where they are few and small.
 CREATE TYPE pipeline.claimed_task AS (
-    definition_id bigint, task_id text, handler text, epoch int, attempt int, retries int, params jsonb);
+    definition_id bigint, task_id text, handler text, epoch int, attempt int, retries int, params jsonb, results jsonb);
 
 -- Which of the tasks that become ready together share a message: the first of each leads, the others are led by it.
--- There are as many messages as processes that could run them, each with tasks of one handler and no more of them than
--- its size allows. Handlers whose runs are long have a message for each task. What is not listed stands alone.
+-- There are as many messages as processes that could run them, each with four tasks or more of one handler and no more
+-- than its size allows. Handlers whose runs are long have a message for each task. What is not listed stands alone.
 CREATE FUNCTION pipeline.share(p_definition bigint, p_tasks text[])
 RETURNS TABLE (task_id text, led_by text) LANGUAGE plpgsql STABLE AS $$
 DECLARE
@@ -211,7 +211,7 @@ DECLARE
     slow_ text[];
 BEGIN
     IF cardinality(p_tasks) > 1 THEN
-        SELECT ceil(cardinality(p_tasks)::float8 / greatest(count(DISTINCT k.worker_id), 1)),
+        SELECT greatest(4, ceil(cardinality(p_tasks)::float8 / greatest(count(DISTINCT k.worker_id), 1))),
                array_agg(DISTINCT s.name) FILTER (WHERE s.name IS NOT NULL) INTO size, slow_
           FROM pipeline.workers k LEFT JOIN LATERAL unnest(k.slow) s (name) ON true
          WHERE k.expires_at > pipeline.clock();
@@ -230,14 +230,15 @@ BEGIN
     END IF;
 END $$;
 
--- Record an execution of a stored definition with all its tasks and counters. One transaction with whatever the
--- caller's connection has open. `created` is false where the idempotency key was used before.
+-- Record an execution of a stored definition with all its tasks and counters, and return those that are ready. One
+-- transaction with whatever the caller's connection has open. `created` is false where the idempotency key was used before.
 CREATE FUNCTION pipeline.create_execution(
     p_execution text, p_definition bigint, p_user text, p_key text, p_input jsonb, p_input_digest text,
     p_variables jsonb, p_deadline interval, p_queue_timeout interval, p_grace interval
-) RETURNS TABLE (created boolean, execution_id text, same_work boolean) LANGUAGE plpgsql AS $$
+) RETURNS TABLE (created boolean, execution_id text, same_work boolean, ready pipeline.ready_task[]) LANGUAGE plpgsql AS $$
 DECLARE
     workflow text;
+    entry text[];
 BEGIN
     SELECT d.workflow_id INTO STRICT workflow FROM pipeline.workflow_definitions d WHERE d.definition_id = p_definition;
     INSERT INTO pipeline.workflow_executions AS e
@@ -247,25 +248,32 @@ BEGIN
                 p_queue_timeout)
         ON CONFLICT (workflow_id, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING;
     IF NOT FOUND THEN
-        RETURN QUERY SELECT false, e.execution_id, e.definition_id = p_definition AND e.input_digest = p_input_digest
+        RETURN QUERY SELECT false, e.execution_id, e.definition_id = p_definition AND e.input_digest = p_input_digest,
+                            NULL::pipeline.ready_task[]
             FROM pipeline.workflow_executions e WHERE e.workflow_id = workflow AND e.idempotency_key = p_key;
         RETURN;
     END IF;
     INSERT INTO pipeline.workflow_states VALUES (p_execution, p_variables, p_input);
-    INSERT INTO pipeline.task_executions (execution_id, task_id, handler, ready_at, due_at, hints, led_by)
-        SELECT p_execution, t.task_id, t.handler,
-               CASE WHEN t.waits_for = '{}' THEN pipeline.clock() END,
-               CASE WHEN t.waits_for = '{}' THEN pipeline.clock() + p_grace END,
-               CASE WHEN t.waits_for = '{}' AND p_grace > '0' THEN 1 ELSE 0 END, s.led_by
+    entry := ARRAY(SELECT t.task_id FROM pipeline.workflow_tasks t
+                    WHERE t.definition_id = p_definition AND t.waits_for = '{}');
+    WITH planned AS MATERIALIZED (
+        SELECT t.*, t.waits_for = '{}' AS is_ready, s.led_by
           FROM pipeline.workflow_tasks t
-          LEFT JOIN pipeline.share(p_definition, ARRAY(
-              SELECT w.task_id FROM pipeline.workflow_tasks w WHERE w.definition_id = p_definition AND w.waits_for = '{}')) s
-            ON p_grace > '0' AND s.task_id = t.task_id
-         WHERE t.definition_id = p_definition ORDER BY t.number;
+          LEFT JOIN pipeline.share(p_definition, entry) s ON p_grace > '0' AND s.task_id = t.task_id
+         WHERE t.definition_id = p_definition ORDER BY t.number),
+    made AS (
+        INSERT INTO pipeline.task_executions (execution_id, task_id, handler, ready_at, due_at, hints, led_by)
+        SELECT p_execution, t.task_id, t.handler,
+               CASE WHEN t.is_ready THEN pipeline.clock() END,
+               CASE WHEN t.is_ready THEN pipeline.clock() + p_grace END,
+               CASE WHEN t.is_ready AND p_grace > '0' THEN 1 ELSE 0 END, t.led_by
+          FROM planned t)
+    SELECT array_agg((p_execution, t.task_id, 0, t.handler, t.timeout, t.led_by)::pipeline.ready_task ORDER BY t.number)
+      INTO ready FROM planned t WHERE t.is_ready;
     INSERT INTO pipeline.join_counters (execution_id, number, remaining)
         SELECT p_execution, h.number, cardinality(h.tasks)
           FROM pipeline.workflow_headers h WHERE h.definition_id = p_definition;
-    RETURN QUERY SELECT true, p_execution, true;
+    RETURN QUERY SELECT true, p_execution, true, ready;
 END $$;
 
 -- Give a task of an open execution to a worker's incarnation, or return NULL. With p_epoch, one whose message says so;
@@ -289,7 +297,13 @@ BEGIN
        AND w.definition_id = p_definition AND w.task_id = p_task AND w.timeout <= p_room
        AND k.worker_id = p_worker AND k.expires_at > now_
        AND (t.handler = p_handler OR p_handler IS NULL AND t.handler = ANY (k.handlers))
-    RETURNING p_definition, t.task_id, t.handler, t.epoch, t.attempt, t.retries, t.params INTO started;
+    RETURNING p_definition, t.task_id, t.handler, t.epoch, t.attempt, t.retries, t.params,
+              CASE WHEN cardinality(w.dependencies) BETWEEN 1 AND 16 THEN (
+                  SELECT CASE WHEN coalesce(sum(pg_column_size(r.result)), 0) <= 8192
+                              THEN jsonb_object_agg(r.task_id, r.result) END
+                    FROM pipeline.task_executions r
+                   WHERE r.execution_id = p_execution AND r.task_id = ANY (w.dependencies)) END
+         INTO started;
     RETURN started;
 END $$;
 
@@ -312,7 +326,7 @@ BEGIN
     started := pipeline.start_task(
         p_execution, x.definition_id, p_task, p_epoch, p_worker, p_handler, 'infinity', p_hard_limit);
     IF started.task_id IS NULL THEN
-        RETURN QUERY SELECT x.definition_id, t.task_id, t.handler, t.epoch, t.attempt, t.retries, t.params
+        RETURN QUERY SELECT x.definition_id, t.task_id, t.handler, t.epoch, t.attempt, t.retries, t.params, NULL::jsonb
             FROM pipeline.task_executions t
             WHERE t.execution_id = p_execution AND t.task_id = p_task AND t.epoch = p_epoch + 1
               AND t.handler = p_handler AND t.status = 'running' AND t.worker_id = p_worker;
@@ -359,7 +373,7 @@ BEGIN
         SELECT r.outcome, r.ready INTO outcome, ready FROM pipeline.repeat_of(
             p_execution, x.definition_id, p_task, p_epoch, p_worker, 'success') r;
         IF outcome = 'done' AND p_room > 0 THEN
-            SELECT x.definition_id, t.task_id, t.handler, t.epoch, t.attempt, t.retries, t.params INTO next
+            SELECT x.definition_id, t.task_id, t.handler, t.epoch, t.attempt, t.retries, t.params, NULL INTO next
               FROM pipeline.task_executions t
               JOIN pipeline.workflow_tasks w ON w.definition_id = x.definition_id AND w.task_id = t.task_id
              WHERE t.execution_id = p_execution AND t.status = 'running' AND t.worker_id = p_worker
@@ -465,7 +479,9 @@ BEGIN
         RETURNING t.task_id, t.epoch, t.handler, t.led_by)
     SELECT array_agg((p_execution, m.task_id, m.epoch, m.handler, w.timeout, m.led_by)::pipeline.ready_task ORDER BY w.number)
       INTO ready
-      FROM moved m JOIN pipeline.workflow_tasks w ON w.definition_id = p_definition AND w.task_id = m.task_id;
+      FROM moved m, LATERAL (SELECT p.number, p.timeout FROM pipeline.workflow_tasks p
+                              WHERE p.definition_id = p_definition AND p.task_id = m.task_id
+                             OFFSET 0) w;  -- one look-up each, whatever the planner thinks of the size of a plan
     RETURN ready;
 END $$;
 
@@ -549,6 +565,7 @@ BEGIN
            SET status = CASE target WHEN 'retry' THEN 'retry' ELSE 'pending' END,
                retries = r.retries + (target = 'retry')::int, losses = r.losses + (target = 'lost')::int,
                due_at = pipeline.clock() + coalesce(p_delay, '0'), hints = 0, deadline_at = NULL,
+               ready_at = CASE target WHEN 'retry' THEN r.ready_at ELSE pipeline.clock() END,
                error_type = p_error_type, error_message = p_error_message, error_traceback = p_error_traceback
          WHERE r.execution_id = p_execution AND r.task_id = p_task;
         RETURN QUERY SELECT 'done', NULL::pipeline.ready_task[];

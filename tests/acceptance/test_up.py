@@ -89,7 +89,7 @@ def test_run_interrupted_says_that_the_execution_goes_on_and_up_on_the_same_home
         assert eventually(Path(f"{go}.started").exists)
         run.send_signal(signal.SIGINT)
         told = run.stderr.readline() + run.stderr.readline()
-        assert f"{execution} is recorded and goes on as soon as a worker runs" in told
+        assert f"{execution} is recorded and goes on as soon as a worker runs" in told, (told, run.poll(), run.stderr.read())
         assert f"`pipeline cancel {execution}` ends it" in told
         go.touch()  # the first Ctrl-C lets the task end
         _, err = run.communicate(timeout=60)

@@ -143,6 +143,19 @@ def test_end_released_costs_no_budget(drive: Driver, ready: str) -> None:
     assert (task.status, task.attempt, task.losses, task.retries) == ("pending", 5, 0, 0)
 
 
+@pytest.mark.parametrize("outcome", ["lost", "released"])
+def test_task_that_comes_back_from_its_worker_waits_anew_for_the_queue_timeout(lone: Driver, outcome: str) -> None:
+    lone.set_clock(0)
+    execution = lone.start({"a": ""}, queue_timeout=30.0)
+    fence = lone.must_claim(execution, "a")
+    lone.set_clock(100)
+    lone.store.end(fence, outcome, error_message="why")
+    lone.set_clock(129)
+    assert lone.store.expire_executions(10) == 0
+    lone.set_clock(131)
+    assert lone.store.expire_executions(10) == 1
+
+
 def test_running_attempts_are_found_by_their_workers_name_and_process_only(drive: Driver, ready: str) -> None:
     fence = drive.must_claim(ready, "a")
     found = [a for a in drive.store.running_in("driver", 1) if a.execution_id == ready]
