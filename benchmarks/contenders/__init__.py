@@ -1,0 +1,1 @@
+"""Who runs the shapes: one module for each system, imported only in its own process."""

@@ -1,0 +1,156 @@
+"""The race: each repetition of a shape runs every contender of the heat, in an order that turns from one to the next."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+from benchmarks.shapes import LONG, Shape
+
+
+class Runner(Protocol):
+    """Whoever can be asked for a run."""
+
+    def ask(self, shape: str, limit: float) -> dict[str, Any]:
+        """What it measured."""
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """All runs of a shape by one contender."""
+
+    shape: str
+    contender: str
+    values: list[float] = field(default_factory=list)
+    #: seconds after which it was cut, so that its figure is a lower bound
+    cut: float | None = None
+    #: why there is no figure
+    failure: str = ""
+    #: what else was told of the last run
+    more: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def median(self) -> float | None:
+        """Of the runs, with the limit for one that was cut."""
+        values = self.values if self.cut is None else [*self.values, self.cut]
+        return statistics.median(values) if values else None
+
+    def record(self, answer: Mapping[str, Any], measure: str) -> None:
+        """Take in a run."""
+        if "cut" in answer:
+            self.cut = float(answer["cut"])
+        elif measure in answer:
+            self.values.append(float(answer[measure]))
+            self.more = {name: value for name, value in answer.items() if name != measure}
+        else:
+            self.failure = str(answer.get("cannot") or answer.get("error") or "no answer")
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Outcome:
+        """What `to_json` wrote."""
+        return cls(**{name: value for name, value in found.items() if name != "median"})
+
+    def to_json(self) -> dict[str, Any]:
+        """For the file of results."""
+        return {**asdict(self), "median": self.median}
+
+    @property
+    def over(self) -> bool:
+        """Whether another run would tell nothing."""
+        return self.cut is not None or bool(self.failure)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heat:
+    """Contenders that ran side by side."""
+
+    name: str
+    outcomes: dict[tuple[str, str], Outcome]
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Heat:
+        """What `to_json` wrote."""
+        outcomes = map(Outcome.from_json, found["outcomes"])
+        return cls(name=found["name"], outcomes={(o.shape, o.contender): o for o in outcomes})
+
+    def to_json(self) -> dict[str, Any]:
+        """For the file of results."""
+        return {"name": self.name, "outcomes": [outcome.to_json() for outcome in self.outcomes.values()]}
+
+    def median(self, shape: str, contender: str) -> float | None:
+        """Of one contender; None where there is no figure."""
+        found = self.outcomes.get((shape, contender))
+        return found.median if found else None
+
+    def ratio(self, shape: str, contender: str, to: str = "ours") -> Ratio | None:
+        """How many times longer a contender took than another did; None where one has no figure."""
+        theirs, ours = self.outcomes.get((shape, contender)), self.outcomes.get((shape, to))
+        if theirs is None or ours is None or not theirs.median or not ours.median or ours.cut is not None:
+            return None
+        median = theirs.median / ours.median
+        if theirs.cut is not None:
+            return Ratio(median, median, median, bound=True)
+        pairs = [a / b for a, b in zip(theirs.values, ours.values, strict=False)]
+        return Ratio(median, min(pairs), max(pairs))
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Of medians, with the least and the greatest of a repetition."""
+
+    median: float
+    least: float
+    greatest: float
+    #: whether it is at least this
+    bound: bool = False
+
+
+def race(name: str, runners: Mapping[str, Runner], shapes: Sequence[str], *, repeats: int, budget: float) -> Heat:
+    """Run a heat.
+
+    Args:
+        name: of the heat.
+        runners: by their names.
+        shapes: what to run, the smaller ones of a kind first: who was cut there is not asked for the larger.
+        repeats: runs of each shape by each; one where a run is long or needs none.
+        budget: seconds after which a run is cut. Ours have twenty times that, for the others are compared with them.
+    """
+    outcomes: dict[tuple[str, str], Outcome] = {}
+    began = time.monotonic()
+    for text in shapes:
+        shape = Shape.named(text)
+        names = [contender for contender in runners if contender == "ours" or not shape.is_for_ours_alone]
+        for repeat in range(_repeats(shape, repeats)):
+            turn = repeat % max(1, len(names))
+            for contender in names[turn:] + names[:turn]:
+                outcome = outcomes.setdefault((text, contender), Outcome(shape=text, contender=contender))
+                smaller = outcomes.get((_smaller(shape, shapes), contender))
+                if not repeat and smaller is not None and smaller.cut is not None:
+                    outcome.cut = smaller.cut
+                if outcome.over:
+                    continue
+                limit = max(budget, shape.size) + 30 if shape.measure != "seconds" else budget
+                answer = runners[contender].ask(text, 20 * limit if contender == "ours" else limit)
+                outcome.record(answer, shape.measure)
+                shown = f"{answer[shape.measure]:.3f}" if shape.measure in answer else str(answer)
+                print(
+                    f"{time.monotonic() - began:5.0f} s  {name}: {text} {contender} {shown}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+    return Heat(name=name, outcomes=outcomes)
+
+
+def _repeats(shape: Shape, repeats: int) -> int:
+    return 1 if shape.measure != "seconds" or shape.tasks >= LONG else repeats
+
+
+def _smaller(shape: Shape, shapes: Sequence[str]) -> str:
+    """The next smaller shape of the kind that is run too."""
+    like = [Shape.named(name) for name in shapes]
+    less = [o for o in like if o.kind == shape.kind and (o.tasks or o.size) < (shape.tasks or shape.size)]
+    return max(less, key=lambda o: o.tasks or o.size).name if less else ""
