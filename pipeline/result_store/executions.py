@@ -32,10 +32,6 @@ class Executions(Door):
             created=made.created, execution_id=made.owner, same_work=made.same_work, ready=ready_of(found)
         )
 
-    def ready_tasks(self, execution_id: str) -> tuple[rows.ReadyTask, ...]:
-        """Tasks that wait for a worker."""
-        return tuple(self._all("ready_tasks", rows.ReadyTask, execution_id=execution_id))
-
     def execution_status(self, execution_id: str) -> ExecutionStatus:
         """Only the status.
 

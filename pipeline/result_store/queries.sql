@@ -46,15 +46,6 @@ SELECT c.created, c.execution_id AS owner, c.same_work, r.* FROM pipeline.create
     %(execution_id)s, %(definition_id)s, %(user_id)s, %(idempotency_key)s, %(input_data)s, %(input_digest)s,
     %(variables)s, %(timeout)s, %(queue_timeout)s, %(grace)s) c LEFT JOIN unnest(c.ready) r ON true
 
--- ready_tasks --
--- The tasks of an execution that wait for a worker, as a publisher needs them.
-SELECT t.execution_id, t.task_id, t.epoch, t.handler, w.timeout, t.led_by
-  FROM pipeline.task_executions t
-  JOIN pipeline.workflow_executions e USING (execution_id)
-  JOIN pipeline.workflow_tasks w ON w.definition_id = e.definition_id AND w.task_id = t.task_id
- WHERE t.execution_id = %(execution_id)s AND t.status = 'pending' AND t.due_at IS NOT NULL
- ORDER BY w.number
-
 -- claim_task --
 -- Take a task for this worker's incarnation; no row where the message was stale. `with_state` brings what never changes.
 SELECT c.*, s.* FROM pipeline.claim_task(

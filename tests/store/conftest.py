@@ -15,7 +15,7 @@ from psycopg.rows import tuple_row
 from pipeline.definition import WorkflowDefinition
 from pipeline.dispatch import Dispatcher
 from pipeline.result_store.connection import Database
-from pipeline.result_store.rows import Ended, Fence
+from pipeline.result_store.rows import Ended, Fence, ReadyTask
 from pipeline.result_store.store import ResultStore
 from pipeline.states import TaskStatus
 
@@ -104,6 +104,22 @@ class Driver:
             ran.append(choose(ready))
             self.complete(execution, ran[-1])
         return ran
+
+    def ready_tasks(self, execution: str) -> tuple[ReadyTask, ...]:
+        """What is ready, in topological order and as a publisher needs it."""
+        found = self.sql(
+            """
+            SELECT t.task_id, t.epoch, t.handler, w.timeout, t.led_by FROM pipeline.task_executions t
+              JOIN pipeline.workflow_executions e USING (execution_id)
+              JOIN pipeline.workflow_tasks w ON w.definition_id = e.definition_id AND w.task_id = t.task_id
+             WHERE t.execution_id = %s AND t.status = 'pending' AND t.due_at IS NOT NULL ORDER BY w.number
+            """,
+            execution,
+        )
+        return tuple(
+            ReadyTask(execution_id=execution, task_id=task, epoch=epoch, handler=handler, timeout=timeout, led_by=led_by)
+            for task, epoch, handler, timeout, led_by in found
+        )
 
     def due(self, execution: str) -> list[str]:
         """Tasks that may be claimed."""

@@ -36,7 +36,7 @@ def waits(graph: dict[str, str]) -> dict[str, set[str]]:
 
 def test_start_makes_exactly_the_tasks_without_dependencies_ready(drive: Driver) -> None:
     execution = drive.start(KNOT)
-    assert [task.task_id for task in drive.store.ready_tasks(execution)] == ["a", "b", "c"]
+    assert [task.task_id for task in drive.ready_tasks(execution)] == ["a", "b", "c"]
     assert drive.due(execution) == ["a", "b", "c"]
     assert drive.status(execution) == "pending"
 

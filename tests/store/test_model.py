@@ -117,7 +117,7 @@ class Model(RuleBasedStateMachine):
             queue_timeout=queue_timeout,
         )  # fmt: skip
         expected = self.oracle.submit(execution, graph, parallel=parallel, timeout=timeout, queue=queue_timeout)
-        ready = self.store.ready_tasks(execution)
+        ready = self.drive.ready_tasks(execution)
         agree("submit", hints(ready), expected)
         self.publish(ready)
 

@@ -120,7 +120,7 @@ def test_no_operation_reads_a_large_table_from_end_to_end(filled: Driver) -> Non
     drive, store = filled, filled.store
     operations = {
         "create": lambda: drive.start({"a": "", "b": "", "join": "a b", "s": "", "t": "s"}),
-        "ready": lambda: store.ready_tasks(execution),
+        "scatter": lambda: store.scatter(execution, {"a": 0, "b": 0}),
         "claim": lambda: drive.claim(execution, "a"),
         "complete": lambda: drive.complete(execution, "b"),
         "state": lambda: store.state(execution),

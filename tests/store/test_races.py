@@ -332,7 +332,7 @@ def test_many_workers_with_doubled_messages_neither_deadlock_nor_lose_a_task(lon
     executions = [lone.start(layers) for _ in range(12)]
     bag: queue.SimpleQueue[tuple[str, str, int]] = queue.SimpleQueue()
     for execution in executions:
-        for task in lone.store.ready_tasks(execution):
+        for task in lone.ready_tasks(execution):
             bag.put((execution, task.task_id, task.epoch))
 
     def work(seed: int) -> None:

@@ -58,7 +58,7 @@ def test_tasks_that_become_ready_together_share_as_many_messages_as_processes_co
     for _ in range(2):
         able.new_worker()
     execution = able.start({f"t{n:02}": "" for n in range(18)})
-    shared = leaders(able.store.ready_tasks(execution))
+    shared = leaders(able.ready_tasks(execution))
     assert shared == {f"t{n:02}": f"t{n - n % 6:02}" if n % 6 else None for n in range(18)}
 
 
@@ -66,22 +66,22 @@ def test_four_tasks_or_fewer_share_one_message_however_many_processes_there_are(
     for _ in range(9):
         able.new_worker()
     execution = able.start({"a": "", "b": "", "c": "", "d": ""})
-    assert leaders(able.store.ready_tasks(execution)) == {"a": None, "b": "a", "c": "a", "d": "a"}
+    assert leaders(able.ready_tasks(execution)) == {"a": None, "b": "a", "c": "a", "d": "a"}
 
 
 def test_message_is_shared_by_no_more_tasks_than_its_size_allows(able: Driver) -> None:
     execution = able.start({f"{'long' * 14}-{n:03}": "" for n in range(40)})
-    shared = leaders(able.store.ready_tasks(execution))
+    shared = leaders(able.ready_tasks(execution))
     assert sum(leader is None for leader in shared.values()) == 11
 
 
 def test_slow_handler_of_a_worker_that_lives_shares_no_message(able: Driver) -> None:
     able.store.renew_worker(able.worker, 3600, [NOOP])
     execution = able.start({f"t{n}": "" for n in range(9)})
-    assert set(leaders(able.store.ready_tasks(execution)).values()) == {None}
+    assert set(leaders(able.ready_tasks(execution)).values()) == {None}
     able.store.end_worker(able.worker)
     execution = able.start({f"t{n}": "" for n in range(9)})
-    assert set(leaders(able.store.ready_tasks(execution)).values()) == {None, "t0"}
+    assert set(leaders(able.ready_tasks(execution)).values()) == {None, "t0"}
 
 
 # going on
@@ -203,7 +203,7 @@ def test_scatter_gives_messages_of_their_own_to_what_waits_and_leaves_out_what_m
     execution = able.start({f"t{n}": "" for n in range(4)})
     able.must_claim(execution, "t1")
     assert leaders(able.store.scatter(execution, {"t1": 0, "t2": 0, "t3": 1})) == {"t2": None}
-    assert leaders(able.store.ready_tasks(execution)) == {"t0": None, "t2": None, "t3": "t0"}
+    assert leaders(able.ready_tasks(execution)) == {"t0": None, "t2": None, "t3": "t0"}
 
 
 def test_scatter_leaves_what_is_parked_in_a_pause(able: Driver) -> None:
