@@ -13,9 +13,8 @@ RECORD     result_store  result_backend       Postgres is the truth; Celery's vi
 RECOVER    recovery  retention  beat          publish what was lost, take tasks from lost workers, forget what is old
 OBSERVE    observe  display  events           read-only views, how a terminal shows them, and Celery's events
 
-Across the stages: states and errors. On top: engine (the door for programs), cli, commands and processes (the door for
-people),
-app (the composition root), local, stack, embedded and servers (the processes of one machine). Beside it: testing, the
+Across the stages: states and errors. On top: engine (the door for programs), cli, commands and processes (the door
+for people), app (the composition root), local, stack, embedded and servers (the processes of one machine). Beside it: testing, the
 crash kit, which breaks all this from outside.
 """
 

@@ -30,8 +30,10 @@ log = logging.getLogger(__name__)
 
 #: how many notices to stop are remembered
 _TOLD = 256
-#: seconds: a handler whose runs take longer, on the average of the last few, is slow
-_LONG = 0.02
+#: seconds that a handler's runs take on the average of the last few: slow from the second on, until below the first
+_SLOW = (0.01, 0.03)
+#: quick below the first, until above the second
+_QUICK = (0.005, 0.015)
 #: weight of the newest run in that average
 _NEWEST = 0.3
 
@@ -73,7 +75,9 @@ class Attendant:
         self._reminders: list[tuple[float, Callable[[], float | None]]] = []
         #: mean seconds of a run, by handler
         self._means: dict[str, float] = {}
-        self._slow: frozenset[str] = frozenset()
+        self._slow: set[str] = set()
+        self._quick: set[str] = set()
+        self._told_at = 0.0
         self._closing = self._has_signals = self._leaves = False
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
@@ -135,10 +139,14 @@ class Attendant:
         """Take note of how long a handler ran; whether it counts as slow is told with the heartbeat."""
         mean = self._means.get(handler)
         self._means[handler] = mean = seconds if mean is None else mean + _NEWEST * (seconds - mean)
-        if (mean > _LONG) != (handler in self._slow):
-            self._slow = self._slow ^ {handler}
-            self._next_beat = 0.0
-            self.look_by(0.0)
+        before = (handler in self._slow, handler in self._quick)
+        if mean > _SLOW[1] or mean < _SLOW[0]:
+            (self._slow.add if mean > _SLOW[1] else self._slow.discard)(handler)
+        if mean < _QUICK[0] or mean > _QUICK[1]:
+            (self._quick.add if mean < _QUICK[0] else self._quick.discard)(handler)
+        if before != (handler in self._slow, handler in self._quick):
+            self._next_beat = min(self._next_beat, max(time.monotonic(), self._told_at + 1.0))
+            self.look_by(self._next_beat)
 
     @property
     def leaving(self) -> bool:
@@ -240,7 +248,8 @@ class Attendant:
             self._next_beat = float("inf")
             return
         self._next_beat = time.monotonic() + self.lease / 3
-        if self.store.renew_worker(self._worker_id, self.lease, self._slow):
+        self._told_at = time.monotonic()
+        if self.store.renew_worker(self._worker_id, self.lease, set(self._slow), set(self._quick)):
             self._reconcile(self._worker_id)
             return
         self._worker_id = None

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
 
@@ -270,19 +269,3 @@ def _topological(tasks: tuple[TaskDefinition, ...], waits: dict[str, frozenset[s
         path = f"tasks[{circle[0]}].dependencies"
         raise DefinitionError((Problem(path=path, what=f"circular dependency: {names}", how="take one of these out"),))
     return tuple(order)
-
-
-@dataclass(frozen=True)
-class _Key:
-    digest: str
-    definition: WorkflowDefinition = field(compare=False)
-
-
-@lru_cache(maxsize=128)
-def _compile_key(key: _Key) -> CompiledWorkflow:
-    return compile_workflow(key.definition)
-
-
-def compile_cached(definition: WorkflowDefinition) -> CompiledWorkflow:
-    """As `compile_workflow`, but a definition that this process compiled lately is not compiled again."""
-    return _compile_key(_Key(definition.digest, definition))

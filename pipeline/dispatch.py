@@ -31,8 +31,11 @@ log = logging.getLogger(__name__)
 #: headers of a Celery message that repeat what the store knows, or that only canvas and stamping use
 _IDLE_HEADERS = ("stamps", "replaced_task_nesting")
 
-#: bytes of a message that are names and epochs of tasks; the rest of 1 KiB is what Celery and kombu say in each
-_NAMES_BYTES = 390
+#: bytes of a message for names and epochs of tasks, as the store's `share` counts them too; the rest of 1 KiB is what
+#: Celery and kombu say in each, with a queue's name of up to 64 characters
+_NAMES_BYTES = 330
+#: tasks that a message may name beside its first: more than 1 KiB holds
+_MOST_OTHERS = 120
 
 #: seconds that a message waits which a worker at its end gives back
 _MOMENT = 0.2
@@ -219,7 +222,7 @@ def read_message(args: tuple[Any, ...]) -> Message:
     match tuple(args):
         case (str(execution_id), str(task_id), int(epoch), *rest) if len(rest) < 2:
             flat = rest[0] if rest else []
-            if isinstance(flat, list) and len(flat) % 2 == 0:
+            if isinstance(flat, list) and len(flat) % 2 == 0 and len(flat) <= 2 * _MOST_OTHERS:
                 named = ((task_id, epoch), *zip(flat[::2], flat[1::2], strict=True))
                 if _is_name(execution_id) and all(_is_name(task) and _is_epoch(number) for task, number in named):
                     return Message(execution_id=execution_id, task_id=task_id, epoch=epoch, others=named[1:])
@@ -236,7 +239,7 @@ def _is_epoch(value: Any) -> bool:
 
 
 def _messages(ready: Iterable[ReadyTask]) -> Iterator[tuple[ReadyTask, Sequence[ReadyTask]]]:
-    """Tasks that share a message, the first of them apart; no more of them than its size allows."""
+    """Tasks that share a message, the first of them apart. The store allows for size; epochs of three digits may not fit."""
     by_leader: dict[tuple[str, str], list[ReadyTask]] = {}
     for task in ready:
         by_leader.setdefault((task.execution_id, task.led_by or task.task_id), []).append(task)

@@ -67,6 +67,16 @@ class Reporter:
             said = {"exception": repr(info.retval), "traceback": str(getattr(answer.retval, "traceback", ""))}
             self._send("task-failed" if info.state == states.FAILURE else "task-retried", uuid=uuid, **said)
 
+    def stopped(self, uuid: str) -> None:
+        """A task was cancelled while it ran."""
+        if self.watched:
+            self._send("task-revoked", uuid=uuid, terminated=True, signum=None, expired=False)
+
+    def lost(self, uuid: str, exc: BaseException) -> None:
+        """A task's process is gone."""
+        if self.watched:
+            self._send("task-failed", uuid=uuid, exception=repr(exc), traceback="")
+
     def _send(self, kind: str, **fields: Any) -> None:
         try:
             self._own_dispatcher().send(kind, **fields)

@@ -251,6 +251,8 @@ class Executor:
             return {"skipped": self.redactor.text(str(exc))}
         except (Cancelled, HandedBack) as exc:
             self.record(attempt, _STOPPED[type(exc)], exc)
+            if isinstance(exc, Cancelled):
+                self.reporter.stopped(task.request.id)
             raise Ignore from exc
         except SystemExit:
             self.record(attempt, "released", HandedBack("its worker was told to end at once"))
@@ -366,12 +368,14 @@ class Executor:
         """What only the worker's main process learns: a process was killed."""
         store = self.attendant.store
         for attempt in store.running_in(self.attendant.name, pid):
+            self.reporter.lost(f"{attempt.execution_id}_{attempt.task_id}", exc)
             store.end(attempt, "lost", error_type="WorkerLost", error_message=text_of(exc))
 
     def timed_out(self, pid: int, exc: BaseException) -> None:
         """What only the worker's main process learns: the hard time limit killed a process."""
         store = self.attendant.store
         for running in store.running_in(self.attendant.name, pid):
+            self.reporter.lost(f"{running.execution_id}_{running.task_id}", exc)
             definition = WorkflowDefinition.from_json(store.definition_of(running.execution_id))
             policy = definition.by_id[running.task_id].retry_policy
             delay = retry_delay(exc, policy, running.retries, random.random())  # noqa: S311

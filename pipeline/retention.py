@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 import fsspec
+from pydantic_core import to_jsonable_python
 
 from pipeline.errors import DatabaseUnavailable
 from pipeline.observe import read_execution, to_json
@@ -19,7 +20,7 @@ from pipeline.result_store.store import ResultStore
 
 log = logging.getLogger(__name__)
 
-#: executions that are deleted in one transaction
+#: executions that are looked for at a time
 _BATCH = 50
 #: seconds after which the row of a worker that is gone is deleted
 _WORKERS = 7 * 86_400.0
@@ -43,8 +44,8 @@ class Retention:
             try:
                 if forgotten := self.run_once():
                     log.info("%d executions forgotten", forgotten)
-            except (DatabaseUnavailable, OSError) as exc:
-                log.warning("old executions are kept for now: %s", exc)
+            except Exception as exc:
+                log.warning("old executions are kept for now: %s", exc, exc_info=not isinstance(exc, DatabaseUnavailable | OSError))
 
     def run_once(self, limit: int = 1_000) -> int:
         """Forget up to `limit` executions, the oldest first; returns how many.
@@ -56,13 +57,13 @@ class Retention:
         self.store.forget_workers(_WORKERS)
         forgotten = 0
         while forgotten < limit and (batch := self.store.finished_before(self.keep, min(_BATCH, limit - forgotten))):
-            for execution_id in batch:
+            before = forgotten
+            for execution_id in batch:  # each to its end, so that what stops the look leaves none by half
                 self._keep_copy(execution_id)
                 self._delete_artifacts(execution_id)
-            deleted = self.store.forget_executions(batch)
-            if deleted == 0:  # each of them was opened again meanwhile
+                forgotten += self.store.forget_executions([execution_id])
+            if forgotten == before:  # each of them was opened again meanwhile
                 break
-            forgotten += deleted
         return forgotten
 
     def _keep_copy(self, execution_id: str) -> None:
@@ -70,7 +71,7 @@ class Retention:
             return
         execution = read_execution(self.store, execution_id).to_dict()
         execution["attempts"] = {
-            name: [vars(attempt) for attempt in self.store.get_attempts(execution_id, name)] for name in execution["tasks"]
+            name: to_jsonable_python([vars(a) for a in self.store.get_attempts(execution_id, name)]) for name in execution["tasks"]
         }
         filesystem, folder = fsspec.core.url_to_fs(self.archive)
         filesystem.makedirs(folder, exist_ok=True)

@@ -86,7 +86,8 @@ class Turn:
 
     def go_on(self, ended: Ended) -> tuple[ReadyTask, ...]:
         """Take what was claimed, and what shares its message; returns what is left to be published."""
-        self._claim = claim = ended.next
+        self._claim, self._began = ended.next, time.monotonic()
+        claim = self._claim
         if claim is None:
             return ended.ready
         kept = [Step(task_id=r.task_id, epoch=r.epoch, handler=r.handler) for r in ended.ready if r.led_by == claim.task_id]

@@ -41,24 +41,30 @@ log = logging.getLogger(__name__)
 
 #: seconds between two looks at whether recovery is still there, and at timers that are of no use any more
 _WATCH_EVERY = 5.0
+#: seconds: longer than any task may take
+_LONGEST_LIMIT = 10_000_000
 
 
 class Request(request.Request):  # type: ignore[misc]
     """A message that a process of the pool runs: says which one when that is lost."""
 
-    def on_failure(self, *args: Any, **options: Any) -> None:
+    _process_is_gone = False
+
+    def on_failure(self, exc_info: Any, *args: Any, **options: Any) -> None:
         """The process is lost, or the task has failed."""
         self._context.worker_pid = self.worker_pid
-        super().on_failure(*args, **options)
+        self._process_is_gone = not options.get("return_ok", False)
+        super().on_failure(exc_info, *args, **options)
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
         """The process is killed at the hard time limit."""
         self._context.worker_pid = self.worker_pid
+        self._process_is_gone = not soft
         super().on_timeout(soft, timeout)
 
     def send_event(self, type: str, **fields: Any) -> None:  # noqa: A002 - Celery's name
-        """What the process of the pool says itself is not said again."""
-        if type != "task-succeeded":
+        """Not a success, which the process of the pool has told; nor for the message what its process took with it."""
+        if type != "task-succeeded" and not (type == "task-failed" and self._process_is_gone):
             super().send_event(type, **fields)
 
 
@@ -84,10 +90,16 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
 
 def _check_time_limits(headers: Any) -> None:
     match headers.get("timelimit"):
-        case None | [None | int() | float(), None | int() | float()]:
+        case None:
+            return
+        case [hard, soft] if all(limit is None or _is_time_limit(limit) for limit in (hard, soft)):
             return
         case other:
-            raise ValueError(f"time limits {other!r}")
+            raise ValueError(f"time limits {other!r:.100}")
+
+
+def _is_time_limit(limit: Any) -> bool:
+    return isinstance(limit, int | float) and not isinstance(limit, bool) and 0.5 <= limit <= _LONGEST_LIMIT
 
 
 def equip(celery: Celery, executor: Executor, *, database_url: str, recovery_beside: bool, drain: float) -> None:

@@ -36,11 +36,13 @@ class Fleet(Door):
         assert found is not None  # an INSERT returns its row
         return found.worker_id
 
-    def renew_worker(self, worker_id: int, lease: float, slow: Iterable[str] | None = None) -> bool:
-        """Renew the lease and say whose runs are long; False: the incarnation is not known any more."""
+    def renew_worker(
+        self, worker_id: int, lease: float, slow: Iterable[str] | None = None, quick: Iterable[str] | None = None
+    ) -> bool:
+        """Renew the lease and say whose runs are long or short; False: the incarnation is not known any more."""
         found = self._one(
             "renew_worker", _Worker, worker_id=worker_id, lease=timedelta(seconds=lease),
-            slow=None if slow is None else sorted(slow),
+            slow=None if slow is None else sorted(slow), quick=None if quick is None else sorted(quick),
         )  # fmt: skip
         return found is not None
 

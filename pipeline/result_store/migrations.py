@@ -49,12 +49,14 @@ def upgrade(url: str) -> tuple[Migration, ...]:
 
     Raises:
         DatabaseUnavailable: the server cannot be reached.
-        SchemaMismatch: the database is newer than this code.
+        SchemaMismatch: the database is newer than this code, or workers of the present version run on it.
     """
     with translated(), connect(url, "chordal migrate") as connection:
         connection.execute("SELECT pg_advisory_lock(%s)", (_LOCK,))
         present = _version(connection)
         _refuse_newer(present)
+        if 0 < present < migrations()[-1].version:
+            _refuse_workers(connection, present)
         steps = tuple(step for step in migrations() if step.version > present)
         for step in steps:
             with connection.transaction():
@@ -82,6 +84,15 @@ def _refuse_newer(present: int) -> None:
     if present > wanted:
         raise SchemaMismatch(
             f"the database is on schema version {present}, this code knows {wanted}; run a version of chordal that fits"
+        )
+
+
+def _refuse_workers(connection: psycopg.Connection[tuple[object, ...]], present: int) -> None:
+    row = connection.execute("SELECT count(*) FROM pipeline.workers WHERE expires_at > pipeline.clock()").fetchone()
+    if row and row[0]:
+        raise SchemaMismatch(
+            f"{row[0]} processes of workers run on schema version {present}: end them (what they run goes back), wait for"
+            " their leases to run out, and upgrade then"
         )
 
 

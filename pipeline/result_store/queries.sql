@@ -108,7 +108,8 @@ RETURNING worker_id
 -- renew_worker --
 -- Renew the lease, also one that ran out: what the incarnation ran is either still its own or was taken by a fence.
 UPDATE pipeline.workers
-   SET heartbeat_at = pipeline.clock(), expires_at = pipeline.clock() + %(lease)s, slow = coalesce(%(slow)s, slow)
+   SET heartbeat_at = pipeline.clock(), expires_at = pipeline.clock() + %(lease)s, slow = coalesce(%(slow)s, slow),
+       quick = coalesce(%(quick)s, quick)
  WHERE worker_id = %(worker_id)s RETURNING worker_id
 
 -- renew_workers --

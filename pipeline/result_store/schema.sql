@@ -174,7 +174,8 @@ CREATE TABLE pipeline.workers (
     started_at    timestamptz NOT NULL DEFAULT pipeline.clock(),
     heartbeat_at  timestamptz NOT NULL DEFAULT pipeline.clock(),
     expires_at    timestamptz NOT NULL,
-    slow          text[] NOT NULL DEFAULT '{}'      -- of the handlers, those whose last run was a long one
+    slow          text[] NOT NULL DEFAULT '{}',     -- of the handlers, those whose runs are long
+    quick         text[] NOT NULL DEFAULT '{}'      -- and those whose runs are next to nothing
 ) WITH (fillfactor = 50);
 CREATE INDEX workers_expires ON pipeline.workers (expires_at);
 
@@ -202,32 +203,40 @@ CREATE TYPE pipeline.claimed_task AS (
     definition_id bigint, task_id text, handler text, epoch int, attempt int, retries int, params jsonb, results jsonb);
 
 -- Which of the tasks that become ready together share a message: the first of each leads, the others are led by it.
--- There are as many messages as processes that could run them, each with four tasks or more of one handler and no more
--- than its size allows. Handlers whose runs are long have a message for each task. What is not listed stands alone.
+-- There are as many messages as processes that could run them, and no more than one for four tasks of a handler that is
+-- known to be quick. Each holds tasks of one handler and timeout, and no more than its size allows (as dispatch counts
+-- it). Slow handlers have a message for each task. What is not listed stands alone.
 CREATE FUNCTION pipeline.share(p_definition bigint, p_tasks text[])
 RETURNS TABLE (task_id text, led_by text) LANGUAGE plpgsql STABLE AS $$
 DECLARE
-    size int := 1;
+    each_ int;
     slow_ text[];
+    quick_ text[];
 BEGIN
-    IF cardinality(p_tasks) > 1 THEN
-        SELECT greatest(4, ceil(cardinality(p_tasks)::float8 / greatest(count(DISTINCT k.worker_id), 1))),
-               array_agg(DISTINCT s.name) FILTER (WHERE s.name IS NOT NULL) INTO size, slow_
-          FROM pipeline.workers k LEFT JOIN LATERAL unnest(k.slow) s (name) ON true
-         WHERE k.expires_at > pipeline.clock();
+    IF cardinality(p_tasks) < 2 THEN
+        RETURN;
     END IF;
-    IF size > 1 THEN
-        RETURN QUERY
-            SELECT m.task_id, m.leader FROM (
-                SELECT d.task_id, first_value(d.task_id) OVER (PARTITION BY d.handler, d.by_count, d.by_size ORDER BY d.number) AS leader
-                  FROM (SELECT w.task_id, w.handler, w.number, (row_number() OVER of_handler - 1) / size AS by_count,
-                               (sum(octet_length(w.task_id) + 8) OVER of_handler - 1) / 256 AS by_size
-                          FROM pipeline.workflow_tasks w
-                         WHERE w.definition_id = p_definition AND w.task_id = ANY (p_tasks)
-                           AND (slow_ IS NULL OR w.handler <> ALL (slow_))
-                        WINDOW of_handler AS (PARTITION BY w.handler ORDER BY w.number)) d) m
-             WHERE m.leader <> m.task_id;
+    SELECT ceil(cardinality(p_tasks)::float8 / greatest(count(*), 1)),
+           ARRAY(SELECT unnest(k.slow) FROM pipeline.workers k WHERE k.expires_at > pipeline.clock()),
+           ARRAY(SELECT unnest(k.quick) FROM pipeline.workers k WHERE k.expires_at > pipeline.clock())
+      INTO each_, slow_, quick_ FROM pipeline.workers k WHERE k.expires_at > pipeline.clock();
+    IF each_ = 1 AND quick_ = '{}' THEN
+        RETURN;
     END IF;
+    RETURN QUERY
+        SELECT m.task_id, m.leader FROM (
+            SELECT d.task_id, first_value(d.task_id) OVER (
+                       PARTITION BY d.handler, d.timeout, d.place / d.most, (d.bytes - 1) / d.room ORDER BY d.number) AS leader
+              FROM (SELECT w.task_id, w.handler, w.timeout, w.number,
+                           CASE WHEN w.handler = ANY (quick_) THEN greatest(4, each_) ELSE each_ END AS most,
+                           row_number() OVER alike - 1 AS place,
+                           sum(octet_length(w.task_id) + 8) OVER alike AS bytes,
+                           greatest(1, (330 - 3.5 * max(octet_length(w.task_id)) OVER (PARTITION BY w.handler, w.timeout)
+                                        - octet_length(w.handler)) * 0.74)::int AS room
+                      FROM pipeline.workflow_tasks w
+                     WHERE w.definition_id = p_definition AND w.task_id = ANY (p_tasks) AND w.handler <> ALL (slow_)
+                    WINDOW alike AS (PARTITION BY w.handler, w.timeout ORDER BY w.number)) d) m
+         WHERE m.leader <> m.task_id;
 END $$;
 
 -- Record an execution of a stored definition with all its tasks and counters, and return those that are ready. One
@@ -299,7 +308,8 @@ BEGIN
        AND (t.handler = p_handler OR p_handler IS NULL AND t.handler = ANY (k.handlers))
     RETURNING p_definition, t.task_id, t.handler, t.epoch, t.attempt, t.retries, t.params,
               CASE WHEN cardinality(w.dependencies) BETWEEN 1 AND 16 THEN (
-                  SELECT CASE WHEN coalesce(sum(pg_column_size(r.result)), 0) <= 8192
+                  SELECT CASE WHEN coalesce(sum(CASE WHEN pg_column_size(r.result) > 8192 THEN 8193  -- compressed
+                                                     ELSE octet_length(r.result::text) END), 0) <= 8192
                               THEN jsonb_object_agg(r.task_id, r.result) END
                     FROM pipeline.task_executions r
                    WHERE r.execution_id = p_execution AND r.task_id = ANY (w.dependencies)) END
@@ -659,15 +669,24 @@ DECLARE
     executions text[];
     tasks text[];
 BEGIN
-    SELECT array_agg(d.execution_id), array_agg(d.task_id) INTO executions, tasks
+    SELECT coalesce(array_agg(d.execution_id), '{}'), coalesce(array_agg(d.task_id), '{}') INTO executions, tasks
       FROM (SELECT t.execution_id, t.task_id FROM pipeline.task_executions t
-             WHERE t.status IN ('pending', 'retry') AND t.due_at <= pipeline.clock()
-               AND (t.hints = 0 OR t.led_by IS NULL AND NOT p_first_only OR t.led_by IS NOT NULL AND NOT EXISTS (
+             WHERE t.status IN ('pending', 'retry') AND t.due_at <= pipeline.clock() AND t.led_by IS NULL
+               AND (t.hints = 0 OR NOT p_first_only)
+             ORDER BY t.due_at LIMIT p_limit FOR NO KEY UPDATE SKIP LOCKED) d;
+    SELECT executions || coalesce(array_agg(d.execution_id), '{}'), tasks || coalesce(array_agg(d.task_id), '{}')
+      INTO executions, tasks
+      FROM (SELECT t.execution_id, t.task_id FROM pipeline.task_executions t
+              JOIN (SELECT f.execution_id, f.task_id FROM pipeline.task_executions f
+                     WHERE f.status IN ('pending', 'retry') AND f.due_at <= pipeline.clock() AND f.led_by IS NOT NULL
+                     ORDER BY f.due_at LIMIT 1000) oldest USING (execution_id, task_id)  -- the others' turn comes
+              JOIN pipeline.workflow_executions e USING (execution_id)
+             WHERE t.led_by IS NOT NULL AND (e.paused OR NOT EXISTS (
                    SELECT 1 FROM pipeline.task_executions l
                     WHERE l.execution_id = t.execution_id AND l.task_id = t.led_by
                       AND (l.started_at > pipeline.clock() - interval '2 s' OR l.status = 'pending'
                            AND l.due_at IS NOT NULL AND coalesce(l.started_at, '-infinity') < t.ready_at)))
-             ORDER BY t.due_at LIMIT p_limit FOR NO KEY UPDATE OF t SKIP LOCKED) d;
+             LIMIT p_limit - cardinality(tasks) FOR NO KEY UPDATE OF t SKIP LOCKED) d;
     RETURN QUERY
         WITH pushed AS (
             UPDATE pipeline.task_executions t

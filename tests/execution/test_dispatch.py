@@ -206,6 +206,9 @@ def test_forged_messages_do_nothing_and_the_worker_goes_on(busy_site: Site, tmp_
         ([real, "t", 2**40], {}), ([real, "t", 1.5], {}), ([real, "t", None], {}), ([None, None, None], {}),
         ([real, "t", 0, "more"], {}), ([{"execution": real}, ["t"], 0], {}), ([real, "t\0", 0], {}), (["\0", "t", 0], {}),
         ([real, "\ud800", 0], {}), ([real, "t' OR true --", 0], {}), (["exec-ffffffffffff", "t", 0], {}),
+        ([real, "t", 0, ["t"]], {}), ([real, "t", 0, [["t", 0]]], {}), ([real, "t", 0, ["t", True]], {}),
+        ([real, "t", 0, ["t", 0, None, 0]], {}), ([real, "t", 0, ["t", 0, "unknown", 0]], {}),
+        ([real, "t", 0, ["t", 0] * 5000], {}), ([real, "t", 0, ["t", 0], []], {}),
         ([real, "unknown", 0], {}), ([real, "t", 0], {"attempt": 7, "self": 1}), ([real * 10_000, "t", 0], {}),
     ]  # fmt: skip
     with celery.connection_for_write() as connection, connection.Producer() as producer:
@@ -219,6 +222,8 @@ def test_forged_messages_do_nothing_and_the_worker_goes_on(busy_site: Site, tmp_
         good = {"lang": "py", "task": "site.leave_a_mark", "id": "x"}
         for headers in (
             {**good, "id": None}, {**good, "id": 5}, {**good, "timelimit": "soon"}, {**good, "eta": "soon"}, {},
+            {**good, "timelimit": [10**400, None]}, {**good, "timelimit": [-5, None]}, {**good, "timelimit": [True, None]},
+            {**good, "timelimit": [float("nan"), None]}, {**good, "timelimit": [float("inf"), None]}, {**good, "timelimit": [0, 0]},
             {**good, "expires": "soon"}, {**good, "retries": "many"}, {**good, "group": [1]}, {**good, "task": ["a"]},
             {**good, "argsrepr": 5, "origin": 5, "parent_id": 5, "root_id": 5}, {"lang": "py", "task": "debug.noop"},
         ):  # fmt: skip

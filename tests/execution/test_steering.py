@@ -206,7 +206,8 @@ def test_gc_forgets_old_executions_with_their_artifacts_after_archiving_them_and
 ) -> None:
     site = sites(retention_days=30.0, archive_url=str(tmp_path / "archive"))
     with site.worker(concurrency=1):
-        old, young = (site.engine.execute_workflow(flow("gc", task("a", "site.context"))) for _ in range(2))
+        retried = task("b", "site.fail_until", params={"attempt": 2}, retry_policy={"max_retries": 1, "max_delay": 0.1})
+        old, young = (site.engine.execute_workflow(flow("gc", task("a", "site.context"), retried)) for _ in range(2))
         site.engine.wait(old, timeout=60)
         site.engine.wait(young, timeout=60)
     open_one = site.engine.execute_workflow(flow("gc-open", task("a")))
@@ -230,6 +231,7 @@ def test_gc_forgets_old_executions_with_their_artifacts_after_archiving_them_and
     archived = json.loads(gzip.decompress((tmp_path / "archive" / f"{old}.json.gz").read_bytes()))
     assert archived["execution_id"] == old
     assert archived["tasks"]["a"]["status"] == "success"
+    assert [(a["attempt"], a["outcome"]) for a in archived["attempts"]["b"]] == [(1, "retry")]
     with psycopg.connect(site.settings.database_url) as connection:
         for table in ("task_executions", "join_counters", "workflow_states", "task_attempts", "workflow_events"):
             query = f"SELECT count(*) FROM pipeline.{table} WHERE execution_id = %s"

@@ -72,6 +72,17 @@ def test_tasks_behind_one_that_takes_long_are_run_by_another_worker(sites: Calla
     assert {t.attempt for t in done.tasks.values()} == {1}
 
 
+def test_task_with_a_longer_timeout_than_its_predecessors_gets_the_time_that_it_asks_for(sites: Callable[..., Site]) -> None:
+    site = sites(hard_limit=1.0)
+    with site.worker(concurrency=1):
+        done = site.run(workflow(
+            task("a", "debug.sleep", params={"seconds": 0}, timeout=1),
+            task("short", "debug.sleep", ("a",), params={"seconds": 0}, timeout=1, retry_policy=NO_RETRY),
+            task("long", "debug.sleep", ("a",), params={"seconds": 5}, timeout=60, retry_policy=NO_RETRY),
+        ))  # fmt: skip
+    assert done.status is ExecutionStatus.SUCCESS, done.error_message
+
+
 def test_process_killed_in_a_turn_leaves_the_rest_of_it_to_recovery(sites: Callable[..., Site], tmp_path: Path) -> None:
     site = sites(grace=1.0)
     (tmp_path / "there").touch()

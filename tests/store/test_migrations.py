@@ -71,6 +71,25 @@ def test_migrations_are_numbered_from_one_without_gaps() -> None:
     assert names == [f"{step.version:04d}_{step.name}.sql" for step in steps]
 
 
+def test_upgrade_waits_until_no_worker_of_the_old_version_runs_and_keeps_what_is_open(empty_url: str) -> None:
+    first = migrations.migrations()[0]
+    with psycopg.connect(empty_url, autocommit=True) as connection:
+        connection.execute(first.sql.encode())
+        connection.execute("INSERT INTO pipeline.schema_versions (version, name) VALUES (1, 'initial')")
+        connection.execute(
+            "INSERT INTO pipeline.workers (name, pid, expires_at) VALUES ('old', 1, now() + interval '1 h');"
+            "INSERT INTO pipeline.workflow_executions (execution_id, definition_id, workflow_id, input_digest)"
+            " VALUES ('exec-0', 1, 'w', '');"
+            "INSERT INTO pipeline.task_executions (execution_id, task_id, handler, due_at) VALUES ('exec-0', 'a', 'h', now())"
+        )
+        with pytest.raises(SchemaMismatch, match="1 processes of workers run"):
+            upgrade(empty_url)
+        assert version(empty_url) == 1
+        connection.execute("UPDATE pipeline.workers SET expires_at = now()")
+        assert [step.version for step in upgrade(empty_url)] == [step.version for step in migrations.migrations()[1:]]
+        assert connection.execute("SELECT task_id, led_by FROM pipeline.task_executions").fetchall() == [("a", None)]
+
+
 def test_upgrade_brings_an_empty_database_to_the_newest_version_and_then_does_nothing(empty_url: str) -> None:
     assert version(empty_url) == 0
     assert upgrade(empty_url) == migrations.migrations()

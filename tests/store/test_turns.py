@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from pipeline.dispatch import _messages
 from pipeline.result_store.rows import NOTHING, Claim, Fence, Follow, ReadyTask
 from tests.store.conftest import Driver
 
@@ -62,17 +63,28 @@ def test_tasks_that_become_ready_together_share_as_many_messages_as_processes_co
     assert shared == {f"t{n:02}": f"t{n - n % 6:02}" if n % 6 else None for n in range(18)}
 
 
-def test_four_tasks_or_fewer_share_one_message_however_many_processes_there_are(able: Driver) -> None:
+def test_four_tasks_of_a_quick_handler_share_one_message_however_many_processes_there_are(able: Driver) -> None:
     for _ in range(9):
         able.new_worker()
-    execution = able.start({"a": "", "b": "", "c": "", "d": ""})
-    assert leaders(able.ready_tasks(execution)) == {"a": None, "b": "a", "c": "a", "d": "a"}
+    graph = {"a": "", "b": "", "c": "", "d": ""}
+    assert set(leaders(able.ready_tasks(able.start(graph))).values()) == {None}, "of nothing is known how long it takes"
+    able.store.renew_worker(able.worker, 3600, [], [NOOP])
+    assert leaders(able.ready_tasks(able.start(graph))) == {"a": None, "b": "a", "c": "a", "d": "a"}
 
 
-def test_message_is_shared_by_no_more_tasks_than_its_size_allows(able: Driver) -> None:
-    execution = able.start({f"{'long' * 14}-{n:03}": "" for n in range(40)})
-    shared = leaders(able.ready_tasks(execution))
-    assert sum(leader is None for leader in shared.values()) == 11
+def test_tasks_with_different_timeouts_share_no_message(able: Driver) -> None:
+    definition = able.define({f"t{n}": "" for n in range(6)})
+    tasks = [task.model_copy(update={"timeout": 60.0 + n % 2}) for n, task in enumerate(definition.tasks)]
+    created = able.dispatcher.create(definition.model_copy(update={"tasks": tuple(tasks)}), {})
+    assert leaders(created.ready) == {"t0": None, "t1": None, "t2": "t0", "t3": "t1", "t4": "t0", "t5": "t1"}
+
+
+@pytest.mark.parametrize("length", [3, 4, 12, 30, 50, 64])
+def test_store_and_dispatch_agree_on_how_many_tasks_a_message_holds(able: Driver, length: int) -> None:
+    execution = able.start({f"{n:0{length}}": "" for n in range(99)})
+    messages = list(_messages(able.ready_tasks(execution)))
+    assert len(messages) == able.store.count_published()
+    assert (len(messages) < 99) == (length < 64)
 
 
 def test_slow_handler_of_a_worker_that_lives_shares_no_message(able: Driver) -> None:

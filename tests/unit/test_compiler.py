@@ -13,7 +13,7 @@ from celery.canvas import Signature
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.compiler import END, CompiledWorkflow, compile_cached, compile_workflow
+from pipeline.compiler import END, CompiledWorkflow, compile_workflow
 from pipeline.definition import TaskDefinition, WorkflowDefinition
 from pipeline.errors import DefinitionError, NotSeriesParallel, PipelineError
 
@@ -297,13 +297,6 @@ def test_objects_are_json_and_made_anew() -> None:
 def test_join_task_with_one_dependency_has_no_chord() -> None:
     with pytest.raises(KeyError):
         compile_workflow(define({"a": "", "b": "a"})).join("b")
-
-
-def test_compile_cached_equal_definitions_share_one_result() -> None:
-    graph = {"a": "", "b": "a"}
-    assert compile_cached(define(graph)) is compile_cached(define(graph))
-    assert compile_cached(define(graph)) == compile_workflow(define(graph))
-    assert compile_cached(define(graph, enable_parallel=False)) is not compile_cached(define(graph))
 
 
 def test_not_series_parallel_is_one_of_ours() -> None:
