@@ -25,8 +25,8 @@ from tests.conftest import _guards, _named
 from tests.store.conftest import Driver
 from tests.store.test_model import explore
 
-EXAMPLES = 120
-SURVIVORS = 1
+EXAMPLES = 160
+SURVIVORS = 2
 
 #: name: a function, a piece of its text (spaces and line ends are all the same), and what it becomes
 MUTANTS: dict[str, tuple[str, str, str]] = {
@@ -48,6 +48,12 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "complete: never closes": ("complete_task", "ended := ended OR number_ = 0", "ended := false"),
     "complete: does not see skips": ("complete_task", "OR x.careful", ""),
     "complete: goes on in a pause": ("complete_task", "p_room > 0 AND NOT x.paused", "p_room > 0"),
+    "complete: goes on with its message in a pause": (
+        "complete_task", "p_next IS NOT NULL AND p_room > 0 AND NOT x.paused", "p_next IS NOT NULL AND p_room > 0"),
+    "start: with less time than the task asks for": ("start_task", "AND w.timeout <= p_room", ""),
+    "start: of a handler that the worker does not know": ("start_task", "AND t.handler = ANY (k.handlers)", ""),
+    "take_due: forgets what shared a message that is gone": ("take_due", "t.led_by IS NOT NULL AND (e.paused", "false AND (e.paused"),
+    "take_due: does not wait for the message that is shared": ("take_due", "WHERE t.led_by IS NOT NULL AND (e.paused OR", "WHERE t.led_by IS NOT NULL AND (true OR"),
     "repeat: names nothing": ("repeat_of", "AND t.due_at IS NOT NULL", "AND t.due_at IS NULL"),
     "repeat: of whatever worker": ("repeat_of", "AND t.worker_id = p_worker", ""),
     "end: ignores the fence": ("end_task", "AND r.status = 'running' AND r.epoch = p_epoch AND r.worker_id = p_worker", ""),

@@ -77,6 +77,8 @@ class Model(RuleBasedStateMachine):
         self.drive.clear()
         self.oracle = Oracle(grace=self.store.grace.total_seconds(), loss_budget=self.store.loss_budget)
         self.drive.set_clock(self.oracle.now)
+        #: workers that know the handler: others run what a message brings, and go on with nothing else
+        self.able: set[int] = set()
         self.workers = [self.new_worker() for _ in range(2)]
         #: what attempts of this run often end in
         self.favourite = favourite
@@ -98,7 +100,10 @@ class Model(RuleBasedStateMachine):
         getattr(self, event)(dice)
 
     def new_worker(self) -> int:
-        worker = self.store.start_worker(name="driver", pid=1, lease=LEASE, handlers=[HANDLER])
+        able = len(self.oracle.leases) % 3 < 2
+        worker = self.store.start_worker(name="driver", pid=1, lease=LEASE, handlers=[HANDLER] if able else [])
+        if able:
+            self.able.add(worker)
         self.oracle.leases[worker] = self.oracle.now + LEASE
         return worker
 
@@ -174,7 +179,8 @@ class Model(RuleBasedStateMachine):
         hint = expected.ready[0] if expected.ready else (fence.execution_id, follow.task_id or "", follow.epoch or 0)
         if expected.repeat:
             hint = (fence.execution_id, found.task_id, found.epoch - 1)
-        agree("goes on with", (found.task_id, follow.room > 0), (hint[1], True))
+        agree("goes on with", (found.task_id, follow.room >= TIMEOUT), (hint[1], True))
+        agree("goes on", found.task_id == follow.task_id or fence.worker_id in self.able, True)
         claim = self.oracle.claim(*hint, fence.worker_id, HANDLER)
         agree(f"claim of {hint} after {fence}", (found.epoch, found.attempt, found.retries), claim)
         self.steps["gone on"] += 1
@@ -182,7 +188,7 @@ class Model(RuleBasedStateMachine):
 
     def some_follow(self, fence: Fence, dice: Random) -> Follow:
         _, task, epoch = dice.choice([h for h in self.bag if h[0] == fence.execution_id] or [("", None, None)])
-        return Follow(room=dice.choice([0.0, TIMEOUT]), task_id=task, epoch=epoch, handler=HANDLER)
+        return Follow(room=dice.choice([0.0, TIMEOUT - 1, TIMEOUT, TIMEOUT]), task_id=task, epoch=epoch, handler=HANDLER)
 
     def work(self, dice: Random) -> None:
         """Messages arrive, some again later or of another handler; attempts end, some twice or by a worker that lies."""
