@@ -161,9 +161,14 @@ def test_every_task_of_a_turn_has_its_events_once_while_somebody_watches(sites: 
              retry_policy=NO_RETRY),
     )  # fmt: skip
     with site.worker(concurrency=2), events(site) as heard:
-        site.engine.installation.celery.control.enable_events()
-        # Whoever turns events on is heard a moment later; what is told before is not what is asked for here.
-        site.until(lambda: bool(site.run(chain(2))) and any(e["type"] == "task-succeeded" for e in heard))
+
+        def watched() -> bool:
+            """A worker hears only some time after its start that somebody watches."""
+            site.engine.installation.celery.control.enable_events()
+            site.run(chain(2))
+            return any(event["type"] == "task-succeeded" for event in heard)
+
+        site.until(watched)
         done = site.run(definition)
         assert done.status is ExecutionStatus.FAILED
 
