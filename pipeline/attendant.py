@@ -72,7 +72,7 @@ class Attendant:
         self._thread: threading.Thread | None = None
         self._listener: Listener | None = None
         self._next_beat = self._next_look = float("inf")
-        self._reminders: list[tuple[float, Callable[[], float | None]]] = []
+        self._reminders: dict[Callable[[], float | None], float] = {}
         #: mean seconds of a run, by handler
         self._means: dict[str, float] = {}
         self._slow: set[str] = set()
@@ -131,8 +131,11 @@ class Attendant:
                 self._wake_in.send(b"\0")
 
     def remind(self, moment: float, call: Callable[[], float | None]) -> None:
-        """Have something called from the attendant's thread at a moment of the monotonic clock, and as often as it names another."""
-        self._reminders.append((moment, call))
+        """Have something called from the attendant's thread at a moment of the monotonic clock, and as often as it names another.
+
+        What is to be called already is left at its moment.
+        """
+        self._reminders.setdefault(call, moment)
         self.look_by(moment)
 
     def note_run(self, handler: str, seconds: float) -> None:
@@ -211,13 +214,14 @@ class Attendant:
             self._beat()
         for attendance in list(self._attempts.values()):
             self._write_progress(attendance, time.monotonic())
-        for reminder in [r for r in self._reminders if r[0] <= time.monotonic()]:
-            self._reminders.remove(reminder)
-            again = reminder[1]()
-            if again is not None:
-                self._reminders.append((again, reminder[1]))
+        for call, moment in list(self._reminders.items()):
+            if moment <= time.monotonic():
+                del self._reminders[call]  # first, so that whoever adds to what it looks after is not overlooked
+                again = call()
+                if again is not None:
+                    self._reminders.setdefault(call, again)
         self._next_look = float("inf")  # whoever sets a moment while the next is found wakes us
-        moments = [self._next_beat, *(moment for moment, _ in list(self._reminders))]
+        moments = [self._next_beat, *list(self._reminders.values())]
         for a in list(self._attempts.values()):
             moments.append(a.deadline if a.reason is None else a.stopped_at + self.hard_limit)
             if a.progress is not a.written:

@@ -108,7 +108,7 @@ class Dispatcher:
                         body, routing_key=queue.name, exchange="",
                         serializer="json", headers=headers, delivery_mode=2, **properties,
                     )  # fmt: skip
-        except self._broker_errors as exc:
+        except self.broker_errors as exc:
             raise _unavailable(exc) from exc
 
     def try_publish(self, ready: Sequence[ReadyTask]) -> bool:
@@ -138,7 +138,7 @@ class Dispatcher:
         try:
             with self.celery.connection_or_acquire() as connection:
                 return int(self._queue.bind(connection.default_channel).queue_declare().message_count)
-        except self._broker_errors as exc:
+        except self.broker_errors as exc:
             raise _unavailable(exc) from exc
 
     def ask_workers(
@@ -151,7 +151,7 @@ class Dispatcher:
         """
         try:
             return list(self.celery.control.ping(nodes, timeout=timeout, **({} if limit is None else {"limit": limit})))
-        except self._broker_errors as exc:
+        except self.broker_errors as exc:
             raise _unavailable(exc) from exc
 
     @property
@@ -160,7 +160,8 @@ class Dispatcher:
         return queue
 
     @cached_property
-    def _broker_errors(self) -> tuple[type[BaseException], ...]:
+    def broker_errors(self) -> tuple[type[BaseException], ...]:
+        """What is raised where the broker cannot be reached."""
         transport = self.celery.connection_for_write()
         return (OperationalError, KombuError, OSError, *transport.connection_errors, *transport.channel_errors)
 
@@ -226,7 +227,6 @@ def read_message(args: tuple[Any, ...]) -> Message:
                 named = ((task_id, epoch), *zip(flat[::2], flat[1::2], strict=True))
                 if _is_name(execution_id) and all(_is_name(task) and _is_epoch(number) for task, number in named):
                     return Message(execution_id=execution_id, task_id=task_id, epoch=epoch, others=named[1:])
-    log.warning("a message of the wrong form was dropped")
     raise Ignore
 
 

@@ -11,12 +11,15 @@ import logging
 import mmap
 import os
 import threading
+import time
 from typing import Any
 
 from celery import Celery, states
-from kombu.exceptions import OperationalError
 
 log = logging.getLogger(__name__)
+
+#: seconds without events after one that could not be sent
+_SILENCE = 10.0
 
 
 class Reporter:
@@ -24,10 +27,11 @@ class Reporter:
 
     Args:
         celery: the app whose broker the events go to.
+        errors: what is raised where that cannot be reached.
     """
 
-    def __init__(self, celery: Celery) -> None:
-        self.celery = celery
+    def __init__(self, celery: Celery, errors: tuple[type[BaseException], ...]) -> None:
+        self.celery, self.errors = celery, errors
         #: of the worker, as Celery knows it
         self.node = "worker"
         # One byte of memory that a worker's main process shares with what it forks.
@@ -35,6 +39,7 @@ class Reporter:
         self._lock = threading.Lock()
         self._pid = 0
         self._dispatcher: Any = None
+        self._silent_until = 0.0
 
     def heed(self, main: Any) -> None:
         """Take over from the main process's dispatcher whether anybody watches tasks."""
@@ -78,11 +83,13 @@ class Reporter:
             self._send("task-failed", uuid=uuid, exception=repr(exc), traceback="")
 
     def _send(self, kind: str, **fields: Any) -> None:
+        if time.monotonic() < self._silent_until:
+            return
         try:
             self._own_dispatcher().send(kind, **fields)
-        except (OperationalError, OSError) as exc:  # an event is news, nothing more
-            log.debug("event %s was not sent: %s", kind, exc)
-            self._dispatcher = None
+        except self.errors as exc:  # an event is news: it holds up no task for long, and ends none
+            log.warning("no events for %g s: %s", _SILENCE, exc)
+            self._dispatcher, self._silent_until = None, time.monotonic() + _SILENCE
 
     def _own_dispatcher(self) -> Any:
         with self._lock:

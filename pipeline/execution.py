@@ -32,7 +32,7 @@ from pipeline.artifacts import ArtifactStore
 from pipeline.attendance import Attendance, Cancelled, HandedBack
 from pipeline.attendant import Attendant
 from pipeline.definition import RetryPolicy, TaskDefinition, WorkflowDefinition
-from pipeline.dispatch import Dispatcher, read_message
+from pipeline.dispatch import Dispatcher
 from pipeline.errors import (
     DatabaseUnavailable,
     Fail,
@@ -180,7 +180,7 @@ class Executor:
     ) -> None:  # fmt: skip
         self.store, self.dispatcher, self.policy = store, dispatcher, policy
         self.redactor = Redactor.of(policy.secrets.values())
-        self.reporter = Reporter(dispatcher.celery)
+        self.reporter = Reporter(dispatcher.celery, dispatcher.broker_errors)
         self.attendant = Attendant(store, lease=lease, hard_limit=hard_limit, name=worker_name, killable=killable)
         self.turns = Turns(dispatcher, self.attendant, self.reporter)
         self._definition = lru_cache(maxsize=32)(lambda key: WorkflowDefinition.from_json(store.definition(key)))
@@ -194,9 +194,9 @@ class Executor:
             CeleryRetry: the attempt failed and is due again.
             Exception: what the attempt failed with, after that was recorded.
         """
-        read = read_message(message)
-        execution_id, task_id, epoch = read.execution_id, read.task_id, read.epoch
-        turn, worker_id = self.turns.current, self.attendant.worker_id()
+        named, turn = self.turns.read(message), self.turns.current
+        execution_id, task_id, epoch = named.execution_id, named.task_id, named.epoch
+        worker_id = self.attendant.worker_id()
         claim = turn.claim_of(task_id, epoch) if turn is not None else None
         if self.attendant.leaving:  # nothing starts here any more
             if turn is not None:
@@ -283,16 +283,16 @@ class Executor:
             merged = self._merged(handler, attempt)
         except DatabaseUnavailable as outage:  # no failure of the task's: the attempt is found lost and runs again
             raise Ignore from outage
+        began = time.monotonic()
         try:
-            began = time.monotonic()
-            result = attempt.attendance.run(lambda: self._call(handler, attempt, merged))
-            self.attendant.note_run(handler.name, time.monotonic() - began)
-            return result
+            return attempt.attendance.run(lambda: self._call(handler, attempt, merged))
         except BaseException as exc:
             of_the_task = isinstance(exc, Exception) and not isinstance(exc, TaskPredicate)
             if of_the_task or terminate_handler_fired():  # then the worker goes down, and the task is given back
                 raise
             raise RuntimeError(f"the handler raised {exc!r}, which says nothing about its task") from exc
+        finally:
+            self.attendant.note_run(handler.name, time.monotonic() - began)
 
     def _merged(self, handler: Handler, attempt: Attempt) -> dict[str, Any]:
         """Params, then the execution's input, then the results of dependencies."""

@@ -19,7 +19,7 @@ from typing import Any
 from celery.exceptions import Ignore
 
 from pipeline.attendant import Attendant
-from pipeline.dispatch import Dispatcher, read_message
+from pipeline.dispatch import Dispatcher, Message, read_message
 from pipeline.errors import DatabaseUnavailable
 from pipeline.events import Reporter
 from pipeline.result_store.rows import NOTHING, Claim, Ended, Follow, ReadyTask
@@ -47,7 +47,7 @@ class Turn:
     Args:
         execution_id: whose tasks they are.
         handler: of the tasks that the message names.
-        named: the tasks that the message names beside its first, with their epochs.
+        named: the tasks that the message names, with their epochs; the first runs at once.
         room: longest timeout in seconds that the message's time limit covers.
         scatter: gives tasks messages of their own; called from any thread.
     """
@@ -56,15 +56,15 @@ class Turn:
         self, *, execution_id: str, handler: str, named: Iterable[tuple[str, int]], room: float,
         scatter: Callable[[str, dict[str, int]], None],
     ) -> None:  # fmt: skip
-        self.execution_id, self._handler, self._room, self._scatter = execution_id, handler, room, scatter
+        self.execution_id, self._room, self._scatter = execution_id, room, scatter
         self._waiting = deque(Step(task_id=task, epoch=epoch, handler=handler) for task, epoch in named)
+        #: the task that runs now
+        self.step = self._waiting.popleft()
         self._began = time.monotonic()
         self._ends = self._began + _LONGEST
         self._claim: Claim | None = None
         #: set where nothing more is to run in it
         self.over = False
-        #: set while somebody looks after what waits
-        self.watched = False
 
     def claim_of(self, task_id: str, epoch: int) -> Claim | None:
         """The claim of a task where it was made together with the end of the one before."""
@@ -93,30 +93,30 @@ class Turn:
         kept = [Step(task_id=r.task_id, epoch=r.epoch, handler=r.handler) for r in ended.ready if r.led_by == claim.task_id]
         self._waiting.extend(kept)
         with suppress(ValueError, IndexError):  # given away meanwhile
-            self._waiting.remove(Step(task_id=claim.task_id, epoch=claim.epoch - 1, handler=claim.handler))
+            self._waiting.remove(_step_of(claim))
         return tuple(r for r in ended.ready if claim.task_id not in (r.task_id, r.led_by))
 
     def next(self) -> Step | None:
         """The task to run now; None: the turn is over, and what still waited was given away."""
         self._began = time.monotonic()
         if self._claim is not None:
-            claim = self._claim
-            return Step(task_id=claim.task_id, epoch=claim.epoch - 1, handler=claim.handler)
+            self.step = _step_of(self._claim)
+            return self.step
         if self.over or self._began > self._ends:
             self.give_away()
             return None
         try:
-            return self._waiting.popleft()
+            self.step = self._waiting.popleft()
         except IndexError:
             return None
+        return self.step
 
     def look(self) -> float | None:
         """Give away what has waited for too long; returns the moment of the next look, None where nothing waits."""
         moment = self._began + _PATIENCE
         if self._waiting and time.monotonic() >= moment:
             self.give_away()
-        self.watched = bool(self._waiting)
-        return moment if self.watched else None
+        return moment if self._waiting else None
 
     def give_away(self) -> None:
         """Give what waits messages of its own."""
@@ -129,6 +129,10 @@ class Turn:
             given[step.task_id] = step.epoch
         if given:
             self._scatter(self.execution_id, given)
+
+
+def _step_of(claim: Claim) -> Step:
+    return Step(task_id=claim.task_id, epoch=claim.epoch - 1, handler=claim.handler)
 
 
 class Turns:
@@ -172,19 +176,31 @@ class Turns:
 
         return run
 
+    def read(self, args: tuple[Any, ...]) -> Message:
+        """What a message's arguments say of the task to run; in a turn that is known already.
+
+        Raises:
+            Ignore: they are not ours.
+        """
+        turn = self.current
+        if turn is None:
+            return read_message(args)
+        return Message(execution_id=turn.execution_id, task_id=turn.step.task_id, epoch=turn.step.epoch)
+
     def watch(self, turn: Turn) -> None:
         """See to it that nothing waits for long."""
-        if not turn.watched and (moment := turn.look()) is not None:
+        if (moment := turn.look()) is not None:
             self._attendant.remind(moment, turn.look)
 
     def _turn(self, handler: str, args: Any, request: dict[str, Any]) -> Turn | None:
         try:
             message = read_message(args)
-        except Ignore:  # the task's body says so
+        except Ignore:  # the task's body drops it
+            log.warning("a message of the wrong form was dropped")
             return None
         hard_limit, _ = request.get("timelimit") or (None, None)
         turn = Turn(
-            execution_id=message.execution_id, handler=handler, named=message.others,
+            execution_id=message.execution_id, handler=handler, named=((message.task_id, message.epoch), *message.others),
             room=max(0.0, (hard_limit or 0.0) - 2 * self._dispatcher.hard_limit), scatter=self._scatter,
         )  # fmt: skip
         self.watch(turn)

@@ -9,41 +9,13 @@ from typing import Any
 
 from pipeline.errors import ExecutionNotFound
 from pipeline.result_store import rows
-from pipeline.result_store.door import CompletedRow, Count, Door, EndedRow, claimed_of, ended_of, fence_of, jsonb
+from pipeline.result_store.door import Count, Door, EndedRow, ended_of, fence_of, jsonb
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Result:
     task_id: str
     result: Any
-
-
-@dataclass(frozen=True, kw_only=True)
-class _ClaimRow:
-    definition_id: int
-    task_id: str
-    handler: str
-    epoch: int
-    attempt: int
-    retries: int
-    params: dict[str, Any] | None
-    results: dict[str, Any] | None
-    workflow_id: str | None
-    created_by: str | None
-    variables: dict[str, Any] | None
-    input_data: dict[str, Any] | None
-
-    def claim(self) -> rows.Claim:
-        state = None
-        if self.workflow_id is not None and self.variables is not None and self.input_data is not None:
-            state = rows.State(
-                workflow_id=self.workflow_id, created_by=self.created_by, variables=self.variables,
-                input_data=self.input_data,
-            )  # fmt: skip
-        return rows.Claim(
-            definition_id=self.definition_id, task_id=self.task_id, handler=self.handler, epoch=self.epoch,
-            attempt=self.attempt, retries=self.retries, params=self.params, results=self.results, state=state,
-        )  # fmt: skip
 
 
 class Attempts(Door):
@@ -53,11 +25,10 @@ class Attempts(Door):
         self, *, execution_id: str, task_id: str, epoch: int, worker_id: int, handler: str, with_state: bool = False
     ) -> rows.Claim | None:
         """Take a task for an incarnation; None: the message was stale, nothing is to be run."""
-        found = self._one(
-            "claim_task", _ClaimRow, execution_id=execution_id, task_id=task_id, epoch=epoch, worker_id=worker_id,
+        return self._one(
+            "claim_task", rows.Claim, execution_id=execution_id, task_id=task_id, epoch=epoch, worker_id=worker_id,
             handler=handler, hard_limit=self.hard_limit * 3, with_state=with_state,
         )  # fmt: skip
-        return None if found is None else found.claim()
 
     def state(self, execution_id: str) -> rows.State:
         """What every task of an execution may read; it never changes."""
@@ -74,12 +45,12 @@ class Attempts(Door):
     def complete(self, fence: rows.Fence, result: Any, follow: rows.Follow = rows.NOTHING) -> rows.Ended:
         """Record a success and claim what its worker goes on with, as far as `follow` allows."""
         found = self._all(
-            "complete_task", CompletedRow, **fence_of(fence), result=jsonb(result), grace=self.grace, room=follow.room,
+            "complete_task", EndedRow, **fence_of(fence), result=jsonb(result), grace=self.grace, room=follow.room,
             next_task=follow.task_id, next_epoch=follow.epoch, handler=follow.handler, hard_limit=self.hard_limit * 3,
         )  # fmt: skip
         if found[0].outcome == "again":
             return self.end(fence, "success", result=result)
-        return ended_of(found, claimed_of(found[0]))
+        return ended_of(found)
 
     def scatter(self, execution_id: str, tasks: Mapping[str, int]) -> tuple[rows.ReadyTask, ...]:
         """Give each of these tasks (id to epoch) a message of its own; what is claimed or over by now is left out."""

@@ -69,25 +69,17 @@ class EndedRow(ReadyRow):
 
     outcome: str
     changed: bool = True
+    #: of a success: what was claimed after it
+    next: dict[str, Any] | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class CompletedRow(EndedRow):
-    """The same of a success, and what was claimed after it."""
-
-    next_definition: int | None
-    next_task: str | None
-    next_handler: str | None
-    next_epoch: int | None
-    next_attempt: int | None
-    next_retries: int | None
-    next_params: dict[str, Any] | None
-    next_results: dict[str, Any] | None
-
-
-def ended_of(found: Sequence[EndedRow], claimed: rows.Claim | None = None) -> rows.Ended:
+def ended_of(found: Sequence[EndedRow]) -> rows.Ended:
     """The outcome with all tasks that it made ready."""
-    return rows.Ended(outcome=found[0].outcome, changed=found[0].changed, ready=ready_of(found), next=claimed)
+    first = found[0]
+    return rows.Ended(
+        outcome=first.outcome, changed=first.changed, ready=ready_of(found),
+        next=None if first.next is None else rows.Claim(**first.next),
+    )  # fmt: skip
 
 
 def ready_of(found: Sequence[ReadyRow]) -> tuple[rows.ReadyTask, ...]:
@@ -100,19 +92,6 @@ def ready_of(found: Sequence[ReadyRow]) -> tuple[rows.ReadyTask, ...]:
         for r in found
         if r.execution_id is not None and r.task_id is not None and r.epoch is not None
         and r.handler is not None and r.timeout is not None
-    )  # fmt: skip
-
-
-def claimed_of(row: CompletedRow) -> rows.Claim | None:
-    """What was claimed after a success."""
-    if (
-        row.next_definition is None or row.next_task is None or row.next_handler is None or row.next_epoch is None
-        or row.next_attempt is None or row.next_retries is None
-    ):  # fmt: skip
-        return None
-    return rows.Claim(
-        definition_id=row.next_definition, task_id=row.next_task, handler=row.next_handler, epoch=row.next_epoch,
-        attempt=row.next_attempt, retries=row.next_retries, params=row.next_params, results=row.next_results,
     )  # fmt: skip
 
 

@@ -48,12 +48,12 @@ SELECT c.created, c.execution_id AS owner, c.same_work, r.* FROM pipeline.create
 
 -- claim_task --
 -- Take a task for this worker's incarnation; no row where the message was stale. `with_state` brings what never changes.
-SELECT c.*, s.* FROM pipeline.claim_task(
+SELECT c.*, (SELECT jsonb_build_object('workflow_id', e.workflow_id, 'created_by', e.created_by,
+                                       'variables', s.variables, 'input_data', s.input_data)
+               FROM pipeline.workflow_executions e JOIN pipeline.workflow_states s USING (execution_id)
+              WHERE e.execution_id = %(execution_id)s AND %(with_state)s) AS state
+  FROM pipeline.claim_task(
     %(execution_id)s, %(task_id)s, %(epoch)s, %(worker_id)s, %(handler)s, %(hard_limit)s) c
-  LEFT JOIN LATERAL (
-    SELECT e.workflow_id, e.created_by, s.variables, s.input_data
-      FROM pipeline.workflow_executions e JOIN pipeline.workflow_states s USING (execution_id)
-     WHERE e.execution_id = %(execution_id)s AND %(with_state)s) s ON true
 
 -- execution_state --
 -- What every task of an execution may read.
@@ -68,9 +68,7 @@ SELECT task_id, result FROM pipeline.task_executions
 
 -- complete_task --
 -- Record a success along the straight path, and claim what this worker goes on with.
-SELECT c.outcome, (c.next).definition_id AS next_definition, (c.next).task_id AS next_task, (c.next).handler AS next_handler,
-       (c.next).epoch AS next_epoch, (c.next).attempt AS next_attempt, (c.next).retries AS next_retries,
-       (c.next).params AS next_params, (c.next).results AS next_results, r.*
+SELECT c.outcome, CASE WHEN (c.next).task_id IS NOT NULL THEN to_jsonb(c.next) END AS next, r.*
   FROM pipeline.complete_task(
     %(execution_id)s, %(task_id)s, %(epoch)s, %(worker_id)s, %(result)s, %(grace)s,
     %(room)s, %(next_task)s, %(next_epoch)s, %(handler)s, %(hard_limit)s) c

@@ -62,6 +62,10 @@ class Claim:
     #: where it was asked for
     state: State | None = None
 
+    def __post_init__(self) -> None:
+        if isinstance(self.state, dict):  # the driver gives JSON
+            object.__setattr__(self, "state", State(**self.state))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Fence:

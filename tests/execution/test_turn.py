@@ -9,13 +9,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
+import pytest
+from severable_line import line
 
+from pipeline.events import Reporter
 from pipeline.result_store.connection import Database
 from pipeline.states import ExecutionStatus, TaskStatus
-from tests.conftest import NO_RETRY, SOON, Site, task, workflow
+from tests.conftest import NO_RETRY, SOON, Servers, Site, task, workflow
 
 WIDTH = 60
 
@@ -150,6 +154,19 @@ def events(site: Site) -> Iterator[list[dict[str, Any]]]:
         finally:
             stop.set()
             thread.join()
+
+
+def test_event_that_cannot_be_sent_ends_nothing_and_is_followed_by_silence(
+    servers: Servers, sites: Callable[..., Site], caplog: pytest.LogCaptureFixture
+) -> None:
+    with line(servers.broker_url) as broker:
+        dispatcher = sites(broker_url=broker.url).engine.installation.dispatcher
+        reporter = Reporter(dispatcher.celery, dispatcher.broker_errors)
+        reporter.heed(SimpleNamespace(enabled=True, groups=None))
+        broker.cut()
+        for n in range(3):
+            reporter.started(f"exec-0_{n}", "debug.noop", {})
+    assert [r.message.partition(":")[0] for r in caplog.records if r.name == "pipeline.events"] == ["no events for 10 s"]
 
 
 def test_every_task_of_a_turn_has_its_events_once_while_somebody_watches(sites: Callable[..., Site]) -> None:

@@ -29,8 +29,8 @@ BEGIN
         RETURN;
     END IF;
     SELECT ceil(cardinality(p_tasks)::float8 / greatest(count(*), 1)),
-           ARRAY(SELECT unnest(k.slow) FROM pipeline.workers k WHERE k.expires_at > pipeline.clock()),
-           ARRAY(SELECT unnest(k.quick) FROM pipeline.workers k WHERE k.expires_at > pipeline.clock())
+           ARRAY(SELECT DISTINCT unnest(k.slow) FROM pipeline.workers k WHERE k.expires_at > pipeline.clock()),
+           ARRAY(SELECT DISTINCT unnest(k.quick) FROM pipeline.workers k WHERE k.expires_at > pipeline.clock())
       INTO each_, slow_, quick_ FROM pipeline.workers k WHERE k.expires_at > pipeline.clock();
     IF each_ = 1 AND quick_ = '{}' THEN
         RETURN;
