@@ -58,7 +58,7 @@ def _pairs() -> dict[str, tuple[str, str]]:
 
 #: which pairs a folder's tests run on, where not on all: the command line and the kit are the same on each, and to the
 #: store a broker is nothing; a pool of threads need not meet the second Redis too
-PAIRS = {"acceptance": {"embedded"}, "crash": {"embedded"}, "store": {"embedded", "system"}}
+PAIRS = {"acceptance": {"embedded"}, "crash": {"embedded"}, "store": {"embedded", "system"}, "unit": {"embedded", "system"}}
 
 
 #: files whose tests are long and the same on each pair

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +17,7 @@ from handlers import files, postgres, sql
 from pipeline import ArtifactStore, AttemptLost, Context, Dataset, Fail, Refused, Retry, WorkflowDefinition
 from pipeline.handler import collect
 from pipeline.templates import render
-
-SERVER = os.environ.get("PIPELINE_TEST_DATABASE_URL", "postgresql://postgres@127.0.0.1:5432/postgres")
+from tests.conftest import Servers
 
 WORKFLOW = Path(__file__).parents[2] / "config/workflows/nyc_flights.yaml"
 
@@ -27,17 +25,11 @@ Attempt = Callable[..., Context]
 
 
 @pytest.fixture(scope="module")
-def database() -> Iterator[str]:
+def database(servers: Servers) -> Iterator[str]:
     name = f"handlers_{uuid.uuid4().hex[:12]}"
-    try:
-        server = psycopg.connect(SERVER, autocommit=True, connect_timeout=5)
-    except psycopg.OperationalError as exc:
-        if os.environ.get("CI") == "true":
-            raise
-        pytest.skip(f"no Postgres: {exc}")
-    with server:
+    with psycopg.connect(servers.database_url, autocommit=True) as server:
         server.execute(f'CREATE DATABASE "{name}"'.encode())
-        yield make_conninfo(SERVER, dbname=name)
+        yield make_conninfo(servers.database_url, dbname=name)
         server.execute(f'DROP DATABASE "{name}" WITH (FORCE)'.encode())
 
 
