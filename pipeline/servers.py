@@ -35,6 +35,8 @@ HOST = "127.0.0.1"
 _PORTS = range(10_000, 32_768)
 #: seconds: a start may have a crash to recover from, a stop a checkpoint to write
 _START_LIMIT, _STOP_LIMIT = 60.0, 20.0
+#: seconds that the port of a killed server is waited for
+_PORT_LIMIT = 1.0
 #: nothing of ours: PG* variables would change what the programs do, and secrets are none of theirs
 _ENVIRONMENT = {"LC_ALL": "C", "TZ": "UTC", "PATH": os.defpath}
 
@@ -80,7 +82,10 @@ class Server(ABC):
         self.prepare()
         # a port can be taken between the look and the start; and the children of a killed Postgres, which must be gone
         # before the next one starts, need a moment to notice
-        for pause in (0.1, 0.3, 1.0, 3.0, 0.0) if self._forget() else (0.1, 0.0):
+        killed = self._forget()
+        if killed and usual_port:  # its last thread holds the port for a moment longer than the process is seen
+            _until(lambda: _is_free(usual_port), _PORT_LIMIT)
+        for pause in (0.1, 0.3, 1.0, 3.0, 0.0) if killed else (0.1, 0.0):
             port = _free_port(usual_port)
             if (process := self._launch(port)) and self._wait(process, port):
                 return port
@@ -290,11 +295,17 @@ def _account(home: Path) -> dict[str, Any]:
 def _free_port(usual: int | None) -> int:
     """The usual port where it is free, else any that no outgoing connection can take while the server is down."""
     for port in filter(None, (usual, *random.sample(_PORTS, 100))):
-        with socket.socket() as probe, suppress(OSError):
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((HOST, port))
+        if _is_free(port):
             return port
     raise ServiceUnavailable(f"no port is free on {HOST}")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe, suppress(OSError):
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((HOST, port))
+        return True
+    return False
 
 
 def _lives(process: psutil.Process) -> bool:
