@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from kombu.connection import Connection as KombuConnection
+from kombu.connection import ConnectionPool, PooledConnection
 from kombu.transport import redis
 
 
@@ -30,9 +31,24 @@ class Transport(redis.Transport):
     Channel = Channel
 
 
-class Connection(KombuConnection):
-    """Uses it wherever a URL says `redis`."""
-
+class _Redis(KombuConnection):
     def get_transport_cls(self) -> Any:
         """The class of the transport."""
         return Transport if self.transport_cls in ("redis", "rediss") else super().get_transport_cls()  # type: ignore[no-untyped-call]
+
+
+class _PooledConnection(_Redis, PooledConnection):
+    pass
+
+
+class _Pool(ConnectionPool):
+    def new(self) -> _PooledConnection:
+        return _PooledConnection(self, **dict(self.connection._info(resolve=False)))  # type: ignore[no-untyped-call]
+
+
+class Connection(_Redis):
+    """Uses it wherever a URL says `redis`, also for the connections of its pool, by which everything is published."""
+
+    def Pool(self, limit: int | None = None, **_: Any) -> ConnectionPool:  # noqa: N802 - kombu's name
+        """Connections like this one."""
+        return _Pool(self, limit)  # type: ignore[no-untyped-call]
