@@ -76,6 +76,10 @@ class Contender(ABC):
         """Hand over one; `seconds` until the call returns."""
         raise CannotRun("not measured")
 
+    def start_worker(self, processes: int) -> dict[str, float]:
+        """Start one more worker; `seconds` until each of its processes could run a task."""
+        raise CannotRun("not measured")
+
     def idle(self, seconds: int) -> dict[str, float]:
         """Do nothing; `cpu`, the seconds of CPU that this cost for each second, with two workers."""
         raise CannotRun("not measured")
@@ -93,6 +97,8 @@ def measure(contender: Contender, shape: Shape) -> dict[str, Any]:
     """One run of a shape."""
     if shape.kind == "idle":
         return contender.idle(shape.size)
+    if shape.kind == "start":
+        return contender.start_worker(shape.size)
     if shape.kind in ("submit", "again"):
         return contender.submit(shape.graph(), known=shape.kind == "again")
     if shape.kind == "M":

@@ -8,6 +8,7 @@ S500      500 executions of 5 tasks (one, three, a join), submitted by 4 clients
 R400      real graphs of up to 400 tasks, one after the other
 submit10000, again10000   handing over 10,000 tasks: of a definition that is new, or known
 M1000     the most memory that workers hold while they run W1000
+start2    a worker with 2 processes, from its command until both could run a task
 idle10    10 seconds without work
 """
 
@@ -78,10 +79,10 @@ class Shape:
         Raises:
             ValueError: there is no such shape.
         """
-        found = re.fullmatch(r"(W|D|N|S|R|M|submit|again|idle)([1-9]\d*)|(L)([1-9]\d*)x([1-9]\d*)", name)
+        found = re.fullmatch(r"(W|D|N|S|R|M|submit|again|start|idle)([1-9]\d*)|(L)([1-9]\d*)x([1-9]\d*)", name)
         if found is None:
             raise ValueError(
-                f"there is no shape {name!r}: write W1000, D100, L10x10, N50, S500, R400, submit10000, idle10"
+                f"there is no shape {name!r}: write W1000, D100, L10x10, N50, S500, R400, submit10000, start2, idle10"
             )
         if found[3]:
             return cls(name, "L", int(found[4]), int(found[5]))
@@ -95,7 +96,7 @@ class Shape:
     @property
     def is_for_ours_alone(self) -> bool:
         """Whether it is of no use to compare, or too long for anybody else."""
-        return self.kind in ("submit", "again", "M", "idle") or self.tasks >= LONG
+        return self.kind in ("submit", "again", "M", "start", "idle") or self.tasks >= LONG
 
     @property
     def tasks(self) -> int:

@@ -19,7 +19,7 @@ CORE_RATIOS = (
 )  # fmt: skip
 #: the same for peers, on every shape that they can run
 PEER_RATIOS = (("dbos", 2.0), ("dbos-queues", 5.0), ("director", 3.0), ("dyrygent", 3.0), ("prefect", 3.0))
-SUBMIT_SECONDS, IDLE_SHARE = 0.5, 0.02
+SUBMIT_SECONDS, IDLE_SHARE, START_SECONDS = 0.5, 0.02, 1.5
 HOP_GROWTH, SIZE_GROWTH, MEMORY_GROWTH, REAL_GRAPHS, SMALL_RATE = 1.3, 1.2, 1.3, 1.5, 0.8
 
 
@@ -108,6 +108,7 @@ def _bounds(heats: Sequence[Heat]) -> Iterator[Target]:
     yield Target(what="small executions: tasks/s against W1000", wanted=SMALL_RATE, at_least=True, reached=rate)
     idle = next((name for heat in heats for name, c in heat.outcomes if name.startswith("idle") and c == "ours"), "")
     yield at_most("idle stack, share of a core", IDLE_SHARE, ours(idle))
+    yield at_most("start of a worker, seconds", START_SECONDS, ours("start2"))
 
 
 def _at_least(what: str, wanted: float, ratio: Ratio | None, where: str = "") -> Target:

@@ -137,6 +137,21 @@ class Ours(Contender):
         self.engine.wait(execution_id)
         return {"seconds": seconds}
 
+    def start_worker(self, processes: int) -> dict[str, float]:
+        store = self.engine.installation.store
+        newest, began = store.newest_worker(), self.begin()
+        worker = spawn(
+            [sys.executable, "-m", "pipeline", "worker", "--name", "late", "--concurrency", str(processes)],
+            {**os.environ, **_environment(self.place)},
+            self.folder / "late.log",
+        )
+        poll(lambda: worker.poll() is not None or store.live_workers(after=newest) >= processes)
+        seconds = time.time() - began
+        if worker.poll() is not None:
+            raise RuntimeError((self.folder / "late.log").read_text("utf-8", "replace")[-800:])
+        end(worker)
+        return {"seconds": seconds}
+
     def idle(self, seconds: int) -> dict[str, float]:
         stack = self._have(2)
         time.sleep(_SETTLE)
