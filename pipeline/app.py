@@ -7,7 +7,7 @@ import pkgutil
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from types import MappingProxyType, ModuleType, TracebackType
-from typing import Self
+from typing import Any, Self
 
 from celery import Celery
 from kombu.entity import Exchange, Queue
@@ -69,12 +69,12 @@ class Installation:
     @cached_property
     def store(self) -> ResultStore:
         """The store, for callers who want to hear of an outage at once."""
-        return self._store(patience=0.0)
+        return self._store()
 
-    def _store(self, *, patience: float) -> ResultStore:
+    def _store(self, **options: Any) -> ResultStore:
         s = self.settings
         return ResultStore.open(
-            self.database_url, patience=patience, grace=s.grace, hard_limit=s.hard_limit, loss_budget=s.loss_budget
+            self.database_url, grace=s.grace, hard_limit=s.hard_limit, loss_budget=s.loss_budget, **options
         )
 
     @cached_property
@@ -144,7 +144,7 @@ class Installation:
         """Runs attempts in this process."""
         s = self.settings
         connections = {"default": self.database_url, **{k.lower(): v for k, v in s.connections.items()}}
-        store = self._store(patience=s.database_patience)
+        store = self._store(patience=s.database_patience, keep_plans=True)
         return Executor(
             store,
             Dispatcher(store, self.celery, hard_limit=s.hard_limit),

@@ -135,6 +135,10 @@ class WorkflowDefinition(_Value):
 
     def to_json(self) -> str:
         """The definition as canonical JSON: sorted keys, defaults left out, so that equal content gives equal text."""
+        return self._canonical
+
+    @cached_property
+    def _canonical(self) -> str:
         data = self.model_dump(mode="json", exclude_defaults=True)
         return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
@@ -146,4 +150,4 @@ class WorkflowDefinition(_Value):
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the canonical JSON, in hex: what an execution keeps of the definition it started with."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
+        return hashlib.sha256(self._canonical.encode()).hexdigest()

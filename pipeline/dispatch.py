@@ -12,16 +12,17 @@ import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from celery import Celery, Task
 from celery.exceptions import Ignore
 from kombu.entity import Queue
 from kombu.exceptions import KombuError, OperationalError
+from pydantic_core import to_jsonable_python
 
 from pipeline.compiler import CompiledWorkflow, compile_workflow
-from pipeline.definition import WorkflowDefinition
+from pipeline.definition import RetryPolicy, TaskDefinition, WorkflowDefinition
 from pipeline.errors import BrokerUnavailable, IdempotencyConflict
 from pipeline.result_store.rows import Created, ReadyTask
 from pipeline.result_store.store import ResultStore
@@ -37,6 +38,7 @@ _NAMES_BYTES = 330
 #: tasks that a message may name beside its first: more than 1 KiB holds
 _MOST_OTHERS = 120
 
+_RETRIES = RetryPolicy()
 #: seconds that a message waits which a worker at its end gives back
 _MOMENT = 0.2
 
@@ -80,12 +82,13 @@ class Dispatcher:
         if definition_id is None:
             definition_id = self.register(definition, store=store)
         text = json.dumps(input_data, sort_keys=True, separators=(",", ":"), allow_nan=False)
-        created = store.create_execution(
-            execution_id=f"exec-{secrets.token_hex(6)}", definition_id=definition_id, user_id=user_id,
-            idempotency_key=idempotency_key, input_data=input_data,
-            input_digest=hashlib.sha256(text.encode()).hexdigest(),
+        create = partial(
+            store.create_execution, definition_id=definition_id, user_id=user_id, idempotency_key=idempotency_key,
+            input_data=input_data, input_digest=hashlib.sha256(text.encode()).hexdigest(),
             variables=definition.variables, timeout=definition.timeout, queue_timeout=definition.queue_timeout,
         )  # fmt: skip
+        while (created := create(execution_id=_fresh_id())) is None:  # another execution of this day has it
+            continue
         if not created.same_work:
             raise IdempotencyConflict(idempotency_key or "", created.execution_id)
         return created
@@ -181,26 +184,35 @@ class Dispatcher:
         return body, said, properties
 
 
+def _fresh_id() -> str:
+    """`exec-`, the day since 1970 in four hexadecimal digits, and eight random ones: the store keeps a day's together."""
+    return f"exec-{int(time.time() // 86_400):04x}{secrets.token_hex(4)}"
+
+
 def _unavailable(exc: BaseException) -> BrokerUnavailable:
     return BrokerUnavailable(f"the broker cannot be reached: {exc.__cause__ or exc}; look at PIPELINE_BROKER_URL")
 
 
 def plan_tasks(definition: WorkflowDefinition, compiled: CompiledWorkflow) -> list[dict[str, Any]]:
-    """What the store keeps of each task of a compiled workflow."""
-    tasks = definition.by_id
-    return [
-        {
-            "task_id": task_id,
-            "number": number,
-            "handler": tasks[task_id].handler,
-            "timeout": tasks[task_id].timeout,
-            "dependencies": tasks[task_id].dependencies,
-            "waits_for": compiled.dependencies[task_id],
-            "releases": compiled.releases.get(task_id, ()),
-            "headers": compiled.memberships.get(task_id, ()),
-        }
-        for number, task_id in enumerate(compiled.order)
-    ]
+    """What the store keeps of each task of a compiled workflow; what is empty, or says the same again, is left out."""
+    return [_plan_of(definition.by_id[task_id], number, compiled) for number, task_id in enumerate(compiled.order)]
+
+
+def _plan_of(task: TaskDefinition, number: int, compiled: CompiledWorkflow) -> dict[str, Any]:
+    plan: dict[str, Any] = {"task_id": task.id, "number": number, "handler": task.handler, "timeout": task.timeout}
+    if task.dependencies:
+        plan["dependencies"] = task.dependencies
+    if (waits_for := compiled.dependencies[task.id]) != task.dependencies:
+        plan["waits_for"] = waits_for
+    if task.id in compiled.releases:
+        plan["releases"] = compiled.releases[task.id]
+    if task.id in compiled.memberships:
+        plan["headers"] = compiled.memberships[task.id]
+    if task.params:
+        plan["params"] = to_jsonable_python(task.params, inf_nan_mode="constants")
+    if task.retry_policy != _RETRIES:
+        plan["retry_policy"] = task.retry_policy.model_dump(mode="json", exclude_defaults=True)
+    return plan
 
 
 @dataclass(frozen=True, kw_only=True)

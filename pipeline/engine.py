@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -99,11 +101,12 @@ class WorkflowEngine:
             definition, key = self.validate(workflow_def), None
         validate_input(definition, data, self.installation.catalogue, self.installation.limits)
         dispatcher = self.installation.dispatcher
-        created = dispatcher.create(
-            definition, data, definition_id=key, user_id=user_id, idempotency_key=idempotency_key, store=store
-        )
-        if created.created and connection is None:
-            dispatcher.try_publish(created.ready)
+        with _garbage_left():
+            created = dispatcher.create(
+                definition, data, definition_id=key, user_id=user_id, idempotency_key=idempotency_key, store=store
+            )
+            if created.created and connection is None:
+                dispatcher.try_publish(created.ready)
         return created.execution_id
 
     def wait(self, execution_id: str, timeout: float | None = None) -> Execution:
@@ -259,10 +262,11 @@ class WorkflowEngine:
         """A definition that is valid and recorded, with its key; checked once for each content."""
         if isinstance(workflow, WorkflowDefinition) and workflow.digest in self._keys:
             return workflow, self._keys[workflow.digest]
-        definition = self.validate(workflow)
-        if definition.digest not in self._keys:
-            self._keys[definition.digest] = self.installation.dispatcher.register(definition)
-        return definition, self._keys[definition.digest]
+        with _garbage_left():
+            definition = self.validate(workflow)
+            if definition.digest not in self._keys:
+                self._keys[definition.digest] = self.installation.dispatcher.register(definition)
+            return definition, self._keys[definition.digest]
 
     def _registered(self, name: str) -> tuple[WorkflowDefinition, int]:
         workflow_id, at, version = name.partition("@")
@@ -280,6 +284,19 @@ class WorkflowEngine:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+@contextmanager
+def _garbage_left() -> Iterator[None]:
+    """No garbage collection for a moment: a large definition's many values are all needed, and to look through them again
+    and again takes a third of a submission's time."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _require_text(**texts: str | None) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 from billiard.common import terminate_handler_fired
@@ -31,7 +31,7 @@ from pydantic import ValidationError
 from pipeline.artifacts import ArtifactStore
 from pipeline.attendance import Attendance, Cancelled, HandedBack
 from pipeline.attendant import Attendant
-from pipeline.definition import RetryPolicy, TaskDefinition, WorkflowDefinition
+from pipeline.definition import RetryPolicy
 from pipeline.dispatch import Dispatcher
 from pipeline.errors import (
     DatabaseUnavailable,
@@ -49,7 +49,7 @@ from pipeline.events import Reporter
 from pipeline.handler import AttemptLost, Context, Handler
 from pipeline.payload import bound_name, recordable, text_of
 from pipeline.redaction import Redactor
-from pipeline.result_store.rows import NOTHING, Ended, Fence, State
+from pipeline.result_store.rows import NOTHING, Claim, Ended, Fence, State
 from pipeline.result_store.store import ResultStore
 from pipeline.templates import render, task_names
 from pipeline.turn import Turns
@@ -82,14 +82,13 @@ class Attempt:
     """A claimed task, with all that its run needs."""
 
     fence: Fence
-    definition: WorkflowDefinition
-    task: TaskDefinition
+    claim: Claim
     state: State
-    number: int
-    retries: int
-    #: of its dependencies, where the claim brought them
-    results: Mapping[str, Any] | None
     attendance: Attendance
+
+    def retry_delay(self, exc: BaseException) -> float | None:
+        """Seconds until the next try, or None where there is none left."""
+        return retry_delay(exc, RetryPolicy(**self.claim.retry_policy or {}), self.claim.retries, random.random())  # noqa: S311
 
 
 def retry_delay(exc: BaseException, policy: RetryPolicy, retries: int, uniform: float) -> float | None:
@@ -144,7 +143,7 @@ class HandlerTask(Task):  # type: ignore[misc]
         """Record when the task is due again and raise Celery's Retry, without a message: recovery publishes it."""
         attempt: Attempt = self.request.attempt
         failure = exc or Retry()
-        delay = retry_delay(failure, attempt.task.retry_policy, attempt.retries, random.random())  # noqa: S311
+        delay = attempt.retry_delay(failure)
         if delay is None:
             raise failure
         try:
@@ -183,7 +182,6 @@ class Executor:
         self.reporter = Reporter(dispatcher.celery, dispatcher.broker_errors)
         self.attendant = Attendant(store, lease=lease, hard_limit=hard_limit, name=worker_name, killable=killable)
         self.turns = Turns(dispatcher, self.attendant, self.reporter)
-        self._definition = lru_cache(maxsize=32)(lambda key: WorkflowDefinition.from_json(store.definition(key)))
         self._states: dict[str, State] = {}
 
     def execute(self, task: HandlerTask, message: tuple[Any, ...]) -> Any:
@@ -215,18 +213,13 @@ class Executor:
             log.debug("message for task %s of %s (epoch %s) is stale", task_id, execution_id, epoch)
             raise Ignore
         fence = Fence(execution_id=execution_id, task_id=task_id, epoch=claim.epoch, worker_id=worker_id)
-        definition = self._definition(claim.definition_id)
-        declared = definition.by_id[task_id]
-        if claim.params is not None:
-            declared = declared.model_copy(update={"params": claim.params})
-        timeout = min(declared.timeout, task.handler.timeout or declared.timeout)
+        timeout = min(claim.timeout, task.handler.timeout or claim.timeout)
         with self.attendant.attending(fence, timeout) as attendance:
             if attendance is None:  # a doubled message repeats the claim of another thread
                 raise Ignore
             attempt = Attempt(
-                fence=fence, definition=definition, task=declared, state=self._state(execution_id, claim.state),
-                number=claim.attempt, retries=claim.retries, results=claim.results, attendance=attendance,
-            )  # fmt: skip
+                fence=fence, claim=claim, state=self._state(execution_id, claim.state), attendance=attendance
+            )
             attendance.give_up = partial(self._give_up, attempt)
             task.request.attempt = attempt
             return self._run(task, attempt)
@@ -296,23 +289,24 @@ class Executor:
 
     def _merged(self, handler: Handler, attempt: Attempt) -> dict[str, Any]:
         """Params, then the execution's input, then the results of dependencies."""
-        fence, task, state = attempt.fence, attempt.task, attempt.state
+        fence, claim, state = attempt.fence, attempt.claim, attempt.state
+        params = claim.params or {}
         names = {p.name for p in handler.spec.parameters}
-        taken = {d: bound_name(d, names) for d in task.dependencies if handler.open_ended or bound_name(d, names)}
-        mentioned = task_names(task.params)
-        needed, results = {*taken, *mentioned}, attempt.results or {}
+        taken = {d: bound_name(d, names) for d in claim.dependencies if handler.open_ended or bound_name(d, names)}
+        mentioned = task_names(params)
+        needed, results = {*taken, *mentioned}, claim.results or {}
         if not needed <= results.keys():
             results = self.store.results(fence.execution_id, needed)
         execution = {
             "id": fence.execution_id, "workflow_id": state.workflow_id, "user_id": state.created_by,
-            "task_id": fence.task_id, "attempt": attempt.number,
+            "task_id": fence.task_id, "attempt": claim.attempt,
         }  # fmt: skip
         scope = {
             "input": state.input_data, "variables": state.variables, "execution": execution,
             "tasks": results, "secrets": self.policy.secrets,
         }  # fmt: skip
         # Copied, for the handler may change what it is given, and the execution's state serves its other tasks too.
-        merged = copy.deepcopy({**render(task.params, scope), **state.input_data})
+        merged = copy.deepcopy({**render(params, scope), **state.input_data})
         return merged | {name or d: results.get(d) for d, name in taken.items()}
 
     def _call(self, handler: Handler, attempt: Attempt, merged: dict[str, Any]) -> Any:
@@ -338,7 +332,7 @@ class Executor:
         folder = f"{fence.execution_id}/{fence.task_id}/{fence.epoch}"
         return Context(
             execution_id=fence.execution_id, task_id=fence.task_id, workflow_id=attempt.state.workflow_id,
-            attempt=attempt.number, epoch=fence.epoch, user_id=attempt.state.created_by,
+            attempt=attempt.claim.attempt, epoch=fence.epoch, user_id=attempt.state.created_by,
             artifacts=ArtifactStore(root=self.policy.artifacts_root, folder=folder),
             settings=self.policy.handler_settings, renew=attendance.renew, is_cancelled=attendance.is_cancelled,
             report=lambda percent, message: attendance.report(percent, self.redactor.text(message)),
@@ -376,8 +370,7 @@ class Executor:
         store = self.attendant.store
         for running in store.running_in(self.attendant.name, pid):
             self.reporter.lost(f"{running.execution_id}_{running.task_id}", exc)
-            definition = WorkflowDefinition.from_json(store.definition_of(running.execution_id))
-            policy = definition.by_id[running.task_id].retry_policy
+            policy = RetryPolicy(**running.retry_policy or {})
             delay = retry_delay(exc, policy, running.retries, random.random())  # noqa: S311
             store.end(
                 running, "failed" if delay is None else "retry", delay=delay or 0.0,
@@ -388,7 +381,7 @@ class Executor:
         """End an attempt whose handler does not stop, from the attendant's thread."""
         delay = None
         if isinstance(reason, TaskTimeout):
-            delay = retry_delay(reason, attempt.task.retry_policy, attempt.retries, random.random())  # noqa: S311
+            delay = attempt.retry_delay(reason)
         outcome = _STOPPED.get(type(reason)) or ("failed" if delay is None else "retry")
         self.record(attempt, outcome, reason, delay=delay or 0.0)
 

@@ -51,7 +51,7 @@ class Problems:
 
     def json(self, value: Any, path: Path, depth: int) -> bool:
         """Record everything in `value` that is not JSON, or deeper than `depth` levels in all; true where nothing is."""
-        if _is_json(value, depth - len(path)):
+        if is_json(value, depth - len(path)):
             return True
         self._not_json(value, path, depth)
         return False
@@ -66,7 +66,7 @@ class Problems:
                     self.add(path, f"key {_show(key)} is not text", "JSON has text keys only: write it as text")
                 elif isinstance(key, str) and UNSTORABLE.search(key):
                     self.add(path, f"key {_show(key)} has a NUL character or half a surrogate pair", "take it out")
-                elif not _is_json(item, depth - len(path) - 1):
+                elif not is_json(item, depth - len(path) - 1):
                     self._not_json(item, (*path, key), depth)
         elif isinstance(value, str):
             self.add(path, "text with a NUL character or half a surrogate pair", "take it out")
@@ -156,7 +156,8 @@ def _fields(model: type[BaseModel], loc: Iterable[Any]) -> list[str]:
     return list(model.model_fields)
 
 
-def _is_json(value: Any, depth: int) -> bool:
+def is_json(value: Any, depth: int) -> bool:
+    """Whether `value` is JSON that Postgres can hold, of no more than so many levels."""
     if isinstance(value, str):
         return UNSTORABLE.search(value) is None
     if value is None or isinstance(value, bool):
@@ -169,7 +170,7 @@ def _is_json(value: Any, depth: int) -> bool:
         return False
     if isinstance(value, dict):
         for key, item in value.items():
-            if not isinstance(key, str) or UNSTORABLE.search(key) is not None or not _is_json(item, depth - 1):
+            if not isinstance(key, str) or UNSTORABLE.search(key) is not None or not is_json(item, depth - 1):
                 return False
         return True
-    return isinstance(value, list | tuple) and all(_is_json(item, depth - 1) for item in value)
+    return isinstance(value, list | tuple) and all(is_json(item, depth - 1) for item in value)

@@ -19,7 +19,7 @@ from pipeline.contents import Contents, TaskText, missing_parameters
 from pipeline.definition import PLANNED_TYPES, RetryPolicy, TaskDefinition, WorkflowDefinition
 from pipeline.document import DEFAULT_LIMITS, Document, Limits, of_data
 from pipeline.errors import DefinitionError, InputError, Problem
-from pipeline.problems import Problems, clip, schema_validator
+from pipeline.problems import Problems, clip, is_json, schema_validator
 from pipeline.templates import Path, has_templates, references
 
 __all__ = ["Limits", "check", "json_schema", "validate", "validate_input"]
@@ -153,7 +153,9 @@ def _task(found: Problems, data: Any, path: Path, limits: Limits) -> TaskText:
         model = None
     else:
         data = {key: _fields_set(v) if isinstance(v, RetryPolicy) else v for key, v in data.items()}
-        unusable = frozenset(key for key, value in data.items() if not _usable(found, key, value, path, limits))
+        unusable = frozenset[Any]()
+        if not is_json(data, limits.depth - len(path)):
+            unusable = frozenset(key for key, value in data.items() if not _usable(found, key, value, path, limits))
         kept = {key: value for key, value in data.items() if key not in unusable} if unusable else data
         if "id" in unusable:
             kept = {**kept, "id": "stand-in"}
@@ -207,7 +209,7 @@ def _needed_input(definition: WorkflowDefinition, catalogue: Catalogue | None) -
     for task in definition.tasks:
         spec = catalogue.get(task.handler) if catalogue is not None and task.handler is not None else None
         names = dict.fromkeys(missing_parameters(spec, task.params, task.dependencies) if spec is not None else ())
-        read = (r.name for r in references(task.params) if r.plain and r.root == "input" and r.name is not None)
+        read = (r.name for r in (references(task.params) if task.params else ()) if r.plain and r.root == "input" and r.name is not None)
         for name in (*names, *(name for name in read if name not in names)):
             users = needed.setdefault(name, [])
             if users[-1:] != [task.id]:

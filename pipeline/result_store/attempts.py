@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.errors import ExecutionNotFound
 from pipeline.result_store import rows
-from pipeline.result_store.door import Count, Door, EndedRow, ended_of, fence_of, jsonb
+from pipeline.result_store.door import Count, Door, fence_of, jsonb
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,13 +44,11 @@ class Attempts(Door):
 
     def complete(self, fence: rows.Fence, result: Any, follow: rows.Follow = rows.NOTHING) -> rows.Ended:
         """Record a success and claim what its worker goes on with, as far as `follow` allows."""
-        found = self._all(
-            "complete_task", EndedRow, **fence_of(fence), result=jsonb(result), grace=self.grace, room=follow.room,
+        (ended,) = self._all(
+            "complete_task", rows.Ended, **fence_of(fence), result=jsonb(result), grace=self.grace, room=follow.room,
             next_task=follow.task_id, next_epoch=follow.epoch, handler=follow.handler, hard_limit=self.hard_limit * 3,
         )  # fmt: skip
-        if found[0].outcome == "again":
-            return self.end(fence, "success", result=result)
-        return ended_of(found)
+        return self.end(fence, "success", result=result) if ended.outcome == "again" else ended
 
     def scatter(self, execution_id: str, tasks: Mapping[str, int]) -> tuple[rows.ReadyTask, ...]:
         """Give each of these tasks (id to epoch) a message of its own; what is claimed or over by now is left out."""
@@ -66,18 +64,17 @@ class Attempts(Door):
         error_message: str | None = None, error_traceback: str | None = None, delay: float = 0.0,
     ) -> rows.Ended:  # fmt: skip
         """Record any end of an attempt: success, failed, skipped, cancelled, retry (due after `delay` s) or lost."""
-        return ended_of(
-            self._all(
-                "end_task", EndedRow, **fence_of(fence), outcome=outcome, error_type=error_type,
-                result=jsonb(result) if outcome == "success" else None, error_message=error_message,
-                error_traceback=error_traceback, delay=timedelta(seconds=delay), loss_budget=self.loss_budget,
-                grace=self.grace,
-            )
+        (ended,) = self._all(
+            "end_task", rows.Ended, **fence_of(fence), outcome=outcome, error_type=error_type,
+            result=jsonb(result) if outcome == "success" else None, error_message=error_message,
+            error_traceback=error_traceback, delay=timedelta(seconds=delay), loss_budget=self.loss_budget,
+            grace=self.grace,
         )  # fmt: skip
+        return ended
 
-    def running_in(self, worker: str, pid: int) -> list[rows.Attempt]:
+    def running_in(self, worker: str, pid: int) -> list[rows.Killed]:
         """The fences of what a process of the worker of this name is said to run."""
-        return self._all("running_in", rows.Attempt, worker=worker, pid=pid)
+        return self._all("running_in", rows.Killed, worker=worker, pid=pid)
 
     def set_progress(self, fence: rows.Fence, percent: float, message: str) -> None:
         """Show how far an attempt is."""

@@ -25,7 +25,10 @@ log = logging.getLogger(__name__)
 #: a caller's own connection, of psycopg 3
 Connection = psycopg.Connection[Any]
 
-_OPTIONS = "-c timezone=UTC -c jit=off -c statement_timeout=60000 -c idle_in_transaction_session_timeout=60000"
+#: set by a statement, for PgBouncer passes no `options` on
+_SESSION = "SET timezone = 'UTC'; SET jit = off; SET statement_timeout = 60000; SET idle_in_transaction_session_timeout = 60000"
+#: of partitioned tables Postgres would else make a new plan for each call of a function, at the price of all the rest of it
+_KEEP_PLANS = "; SET plan_cache_mode = force_generic_plan"
 _TRIES_ON_CONFLICT = 10
 
 
@@ -59,18 +62,20 @@ def translated() -> Iterator[None]:
         raise DatabaseUnavailable(f"Postgres cannot be reached: {first}; look at PIPELINE_DATABASE_URL") from exc
 
 
-def connect(url: str, name: str) -> psycopg.Connection[Any]:
-    """A connection in autocommit mode, with our session settings.
+def connect(url: str, name: str, further: str = "") -> psycopg.Connection[Any]:
+    """A connection in autocommit mode, with our session settings and further ones.
 
     Raises:
         DatabaseUnavailable: the server cannot be reached, or the URL cannot be read.
     """
     try:
         with translated():
-            return psycopg.connect(
-                url, autocommit=True, application_name=name, connect_timeout=5, options=_OPTIONS,
+            connection: psycopg.Connection[Any] = psycopg.connect(
+                url, autocommit=True, application_name=name, connect_timeout=5,
                 keepalives_idle=10, keepalives_interval=5, keepalives_count=3, tcp_user_timeout=20_000,
             )  # fmt: skip
+            connection.execute((_SESSION + further).encode())
+            return connection
     except psycopg.ProgrammingError:  # its message may hold the password
         raise DatabaseUnavailable(
             "PIPELINE_DATABASE_URL cannot be read: write postgresql://user:password@host:port/database"
@@ -81,11 +86,13 @@ class Database:
     """One connection for each thread of each process; a broken one is replaced.
 
     With `patience`, a statement that finds the server gone is tried again for so many seconds: only for callers whose
-    every statement may be repeated.
+    every statement may be repeated. With `keep_plans`, Postgres plans each statement once: only for callers who ask for
+    single rows by their keys.
     """
 
-    def __init__(self, url: str, *, patience: float = 0.0, name: str = "chordal") -> None:
+    def __init__(self, url: str, *, patience: float = 0.0, keep_plans: bool = False, name: str = "chordal") -> None:
         self.url, self.patience, self.name = url, patience, name
+        self._further = _KEEP_PLANS if keep_plans else ""
         self._local = threading.local()
         self._names: dict[str, tuple[str, ...]] = {}
         self._open: list[tuple[int, psycopg.Connection[Any]]] = []
@@ -96,7 +103,7 @@ class Database:
         held: tuple[int, psycopg.Connection[Any]] | None = getattr(self._local, "held", None)
         if held is not None and held[0] == os.getpid() and not held[1].closed:
             return held[1]
-        fresh = connect(self.url, self.name)
+        fresh = connect(self.url, self.name, self._further)
         self._local.held = (os.getpid(), fresh)
         # A parent's connections are kept after a fork, so that no destructor of ours touches them.
         self._open = [(pid, c) for pid, c in self._open if pid != os.getpid() or not c.closed]

@@ -59,13 +59,6 @@ class Definitions(Door):
             raise WorkflowNotFound(workflow_id, version)
         return found.definition_id, found.definition
 
-    def definition(self, definition_id: int) -> str:
-        """JSON of a definition by its key."""
-        found = self._one("definition_by_id", _Definition, definition_id=definition_id)
-        if found is None:
-            raise WorkflowNotFound(str(definition_id))
-        return found.definition
-
     def definition_of(self, execution_id: str) -> str:
         """JSON of the definition that an execution started with.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -49,50 +48,6 @@ class Count:
     """A statement's only number."""
 
     count: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReadyRow:
-    """One of the tasks that a statement made ready; empty where it made none."""
-
-    execution_id: str | None
-    task_id: str | None
-    epoch: int | None
-    handler: str | None
-    timeout: float | None
-    led_by: str | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class EndedRow(ReadyRow):
-    """An outcome beside one of the tasks that it made ready."""
-
-    outcome: str
-    changed: bool = True
-    #: of a success: what was claimed after it
-    next: dict[str, Any] | None = None
-
-
-def ended_of(found: Sequence[EndedRow]) -> rows.Ended:
-    """The outcome with all tasks that it made ready."""
-    first = found[0]
-    return rows.Ended(
-        outcome=first.outcome, changed=first.changed, ready=ready_of(found),
-        next=None if first.next is None else rows.Claim(**first.next),
-    )  # fmt: skip
-
-
-def ready_of(found: Sequence[ReadyRow]) -> tuple[rows.ReadyTask, ...]:
-    """The tasks that a statement made ready."""
-    return tuple(
-        rows.ReadyTask(
-            execution_id=r.execution_id, task_id=r.task_id, epoch=r.epoch, handler=r.handler, timeout=r.timeout,
-            led_by=r.led_by,
-        )
-        for r in found
-        if r.execution_id is not None and r.task_id is not None and r.epoch is not None
-        and r.handler is not None and r.timeout is not None
-    )  # fmt: skip
 
 
 def fence_of(fence: rows.Fence) -> dict[str, Any]:

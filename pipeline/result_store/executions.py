@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.errors import ExecutionNotFound, TaskNotFound
 from pipeline.result_store import rows
-from pipeline.result_store.door import Count, Door, EndedRow, ReadyRow, ended_of, jsonb, ready_of
+from pipeline.result_store.door import Count, Door, jsonb
 from pipeline.states import ExecutionStatus, TaskStatus
 
 
@@ -19,18 +19,17 @@ class Executions(Door):
     def create_execution(
         self, *, execution_id: str, definition_id: int, user_id: str | None, idempotency_key: str | None,
         input_data: Mapping[str, Any], input_digest: str, variables: Mapping[str, Any], timeout: float | None, queue_timeout: float | None = None,
-    ) -> rows.Created:  # fmt: skip
-        """Record an execution and all its tasks, or find the one that its idempotency key belongs to."""
-        found = self._all(
-            "create_execution", _CreatedRow, execution_id=execution_id, definition_id=definition_id, user_id=user_id,
+    ) -> rows.Created | None:  # fmt: skip
+        """Record an execution and all its tasks, or find the one that its idempotency key belongs to.
+
+        None: the id is another execution's, and nothing was recorded.
+        """
+        return self._one(
+            "create_execution", rows.Created, execution_id=execution_id, definition_id=definition_id, user_id=user_id,
             idempotency_key=idempotency_key, input_data=jsonb(input_data), input_digest=input_digest,
             variables=jsonb(variables), timeout=_seconds(timeout), queue_timeout=_seconds(queue_timeout),
             grace=self.grace,
         )  # fmt: skip
-        made = found[0]  # the function always returns a row
-        return rows.Created(
-            created=made.created, execution_id=made.owner, same_work=made.same_work, ready=ready_of(found)
-        )
 
     def execution_status(self, execution_id: str) -> ExecutionStatus:
         """Only the status.
@@ -110,11 +109,9 @@ class Executions(Door):
         Raises:
             TaskNotFound: the execution has no such task.
         """
-        ended = ended_of(
-            self._all(
-                "mark_task", EndedRow, execution_id=execution_id, task_id=task_id, status=status.value,
-                result=jsonb(result), user_id=user_id, reason=reason, grace=self.grace,
-            )
+        (ended,) = self._all(
+            "mark_task", rows.Ended, execution_id=execution_id, task_id=task_id, status=status.value,
+            result=jsonb(result), user_id=user_id, reason=reason, grace=self.grace,
         )  # fmt: skip
         if ended.outcome is None:
             raise TaskNotFound(execution_id, task_id)
@@ -138,12 +135,13 @@ class Executions(Door):
         """Delete ended executions with all their rows; returns how many."""
         return self._all("forget_executions", Count, execution_ids=list(execution_ids))[0].count
 
+    def make_partitions(self, days: int) -> int:
+        """See to it that the executions of the next days have partitions, of so many days each; returns how many were made."""
+        return self._all("make_partitions", Count, days=days)[0].count
 
-@dataclass(frozen=True, kw_only=True)
-class _CreatedRow(ReadyRow):
-    created: bool
-    owner: str
-    same_work: bool
+    def drop_partitions(self) -> int:
+        """Drop the partitions of which every execution is forgotten; returns how many."""
+        return self._all("drop_partitions", Count)[0].count
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,10 +11,14 @@ ON CONFLICT (workflow_id, version) DO NOTHING RETURNING definition_id
 -- Record what a definition compiles to.
 WITH plan AS (
     INSERT INTO pipeline.workflow_tasks
-        (definition_id, task_id, number, handler, timeout, dependencies, waits_for, releases, headers)
-    SELECT %(definition_id)s, t.* FROM json_to_recordset(%(tasks)s) AS t (
+        (definition_id, task_id, number, handler, timeout, dependencies, waits_for, releases, headers, params,
+         retry_policy)
+    SELECT %(definition_id)s, t.task_id, t.number, t.handler, t.timeout, coalesce(t.dependencies, '{}'),
+           coalesce(t.waits_for, t.dependencies, '{}'), coalesce(t.releases, '{}'), coalesce(t.headers, '{}'), t.params,
+           t.retry_policy
+      FROM json_to_recordset(%(tasks)s) AS t (
         task_id text, number int, handler text, timeout double precision,
-        dependencies text[], waits_for text[], releases text[], headers int[]))
+        dependencies text[], waits_for text[], releases text[], headers int[], params json, retry_policy json))
 INSERT INTO pipeline.workflow_headers (definition_id, number, tasks, bodies)
 SELECT %(definition_id)s, h.* FROM json_to_recordset(%(headers)s) AS h (number int, tasks text[], bodies text[])
 
@@ -29,11 +33,6 @@ SELECT definition_id, definition::text AS definition FROM pipeline.workflow_defi
  WHERE workflow_id = %(workflow_id)s AND (%(version)s::text IS NULL OR version = %(version)s)
  ORDER BY definition_id DESC LIMIT 1
 
--- definition_by_id --
--- The definition that an execution started with.
-SELECT definition_id, definition::text AS definition FROM pipeline.workflow_definitions
- WHERE definition_id = %(definition_id)s
-
 -- definition_of --
 -- The definition of an execution.
 SELECT d.definition_id, d.definition::text AS definition
@@ -42,9 +41,9 @@ SELECT d.definition_id, d.definition::text AS definition
 
 -- create_execution --
 -- Record an execution, its state, all its tasks and counters.
-SELECT c.created, c.execution_id AS owner, c.same_work, r.* FROM pipeline.create_execution(
+SELECT c.created, c.execution_id, c.same_work, to_json(c.ready) AS ready FROM pipeline.create_execution(
     %(execution_id)s, %(definition_id)s, %(user_id)s, %(idempotency_key)s, %(input_data)s, %(input_digest)s,
-    %(variables)s, %(timeout)s, %(queue_timeout)s, %(grace)s) c LEFT JOIN unnest(c.ready) r ON true
+    %(variables)s, %(timeout)s, %(queue_timeout)s, %(grace)s) c
 
 -- claim_task --
 -- Take a task for this worker's incarnation; no row where the message was stale. `with_state` brings what never changes.
@@ -68,11 +67,10 @@ SELECT task_id, result FROM pipeline.task_executions
 
 -- complete_task --
 -- Record a success along the straight path, and claim what this worker goes on with.
-SELECT c.outcome, CASE WHEN (c.next).task_id IS NOT NULL THEN to_jsonb(c.next) END AS next, r.*
+SELECT c.outcome, to_json(c.ready) AS ready, CASE WHEN (c.next).task_id IS NOT NULL THEN to_json(c.next) END AS next
   FROM pipeline.complete_task(
     %(execution_id)s, %(task_id)s, %(epoch)s, %(worker_id)s, %(result)s, %(grace)s,
     %(room)s, %(next_task)s, %(next_epoch)s, %(handler)s, %(hard_limit)s) c
-  LEFT JOIN unnest(c.ready) r ON true
 
 -- scatter --
 -- A message of its own for each of these tasks.
@@ -80,15 +78,16 @@ SELECT * FROM pipeline.scatter(%(execution_id)s, %(task_ids)s, %(epochs)s, %(gra
 
 -- end_task --
 -- Record any end of an attempt along the careful path.
-SELECT c.outcome, r.* FROM pipeline.end_task(
+SELECT c.outcome, to_json(c.ready) AS ready FROM pipeline.end_task(
     %(execution_id)s, %(task_id)s, %(epoch)s, %(worker_id)s, %(outcome)s, %(result)s,
     %(error_type)s, %(error_message)s, %(error_traceback)s, %(delay)s, %(loss_budget)s, %(grace)s) c
-  LEFT JOIN unnest(c.ready) r ON true
 
 -- running_in --
 -- The fences of what a process runs, for whoever learns that it is gone.
-SELECT t.execution_id, t.task_id, t.epoch, t.worker_id, t.retries
+SELECT t.execution_id, t.task_id, t.epoch, t.worker_id, t.retries, w.retry_policy
   FROM pipeline.task_executions t JOIN pipeline.workers k USING (worker_id)
+  JOIN pipeline.workflow_executions e USING (execution_id)
+  JOIN pipeline.workflow_tasks w ON w.definition_id = e.definition_id AND w.task_id = t.task_id
  WHERE t.status = 'running' AND k.name = %(worker)s AND k.pid = %(pid)s
 
 -- set_progress --
@@ -208,9 +207,8 @@ SELECT pipeline.reopen_execution(%(execution_id)s, %(user_id)s, %(task_id)s, %(p
 
 -- mark_task --
 -- Decide a task by hand.
-SELECT c.status AS outcome, c.changed, r.* FROM pipeline.mark_task(
+SELECT c.status AS outcome, c.changed, to_json(c.ready) AS ready FROM pipeline.mark_task(
     %(execution_id)s, %(task_id)s, %(status)s, %(result)s, %(user_id)s, %(reason)s, %(grace)s) c
-  LEFT JOIN unnest(c.ready) r ON true
 
 -- get_events --
 -- What people did to an execution, in order.
@@ -225,6 +223,14 @@ SELECT execution_id FROM pipeline.workflow_executions
 -- forget_executions --
 -- Delete ended executions with all their rows.
 SELECT pipeline.forget_executions(%(execution_ids)s) AS count
+
+-- make_partitions --
+-- Partitions for the executions of the coming days.
+SELECT pipeline.make_partitions(%(days)s) AS count
+
+-- drop_partitions --
+-- Drop the partitions that hold nothing but what was forgotten.
+SELECT pipeline.drop_partitions() AS count
 
 -- forget_workers --
 -- Delete incarnations that ended long ago and that nothing names.
@@ -258,13 +264,15 @@ SELECT t.task_id, t.handler, t.status, t.epoch, t.attempt, t.retries, t.losses, 
 -- The attempts of a task that were followed by another, in order.
 SELECT a.attempt, a.epoch, a.outcome, a.started_at, a.ended_at, a.error_type, a.error_message, a.error_traceback,
        k.name AS worker
-  FROM pipeline.task_attempts a LEFT JOIN pipeline.workers k USING (worker_id)
+  FROM pipeline.workflow_executions e JOIN pipeline.task_attempts a USING (execution_id)
+  LEFT JOIN pipeline.workers k USING (worker_id)
  WHERE a.execution_id = %(execution_id)s AND a.task_id = %(task_id)s ORDER BY a.epoch
 
 -- get_task --
 -- One task's state, for Celery's AsyncResult.
-SELECT status, result, error_type, error_message, error_traceback, finished_at FROM pipeline.task_executions
- WHERE execution_id = %(execution_id)s AND task_id = %(task_id)s
+SELECT t.status, t.result, t.error_type, t.error_message, t.error_traceback, t.finished_at
+  FROM pipeline.workflow_executions e JOIN pipeline.task_executions t USING (execution_id)
+ WHERE t.execution_id = %(execution_id)s AND t.task_id = %(task_id)s
 
 -- execution_status --
 -- Only the status, for waiters.

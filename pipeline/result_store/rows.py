@@ -22,6 +22,12 @@ class ReadyTask:
     led_by: str | None = None
 
 
+def _read_ready(answer: Created | Ended) -> None:
+    """The driver gives JSON: a list, or nothing."""
+    if not isinstance(answer.ready, tuple):
+        object.__setattr__(answer, "ready", tuple(ReadyTask(**task) for task in answer.ready or ()))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Created:
     """The answer to a submission."""
@@ -32,6 +38,9 @@ class Created:
     #: whether definition and input are those of the execution that the key belongs to
     same_work: bool
     ready: tuple[ReadyTask, ...] = ()
+
+    def __post_init__(self) -> None:
+        _read_ready(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,15 +57,20 @@ class State:
 class Claim:
     """A task that is now this worker's."""
 
-    definition_id: int
     task_id: str
     handler: str
     epoch: int
     attempt: int
     #: retries used so far in this run
     retries: int
-    #: replace the definition's params, where somebody gave others
+    #: the definition's, or those that somebody gave instead; None: there are none
     params: dict[str, Any] | None
+    #: seconds
+    timeout: float
+    #: as declared
+    dependencies: list[str]
+    #: fields of a RetryPolicy; None: the default
+    retry_policy: dict[str, Any] | None
     #: of the declared dependencies, where they are few and small
     results: dict[str, Any] | None = None
     #: where it was asked for
@@ -82,6 +96,14 @@ class Attempt(Fence):
     """A running attempt as others see it."""
 
     retries: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Killed(Attempt):
+    """A running attempt as the main process sees it whose process is gone."""
+
+    #: fields of a RetryPolicy; None: the default
+    retry_policy: dict[str, Any] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +142,11 @@ class Ended:
     ready: tuple[ReadyTask, ...]
     #: what the worker goes on with, claimed already
     next: Claim | None = None
+
+    def __post_init__(self) -> None:
+        _read_ready(self)
+        if isinstance(self.next, dict):
+            object.__setattr__(self, "next", Claim(**self.next))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,6 +51,8 @@ CREATE TABLE pipeline.workflow_tasks (
     waits_for      text[] NOT NULL,        -- as run: differs where tasks run one after another
     releases       text[] NOT NULL,        -- tasks that wait for this one alone
     headers        int[] NOT NULL,         -- headers that this task stands in
+    params         json,                   -- json keeps their order; NULL: none
+    retry_policy   json,                   -- NULL: the default
     PRIMARY KEY (definition_id, task_id)
 );
 
@@ -101,7 +103,8 @@ CREATE TABLE pipeline.workflow_states (
     execution_id  text COLLATE "C" PRIMARY KEY,
     variables     jsonb NOT NULL,
     input_data    jsonb NOT NULL
-);
+) PARTITION BY RANGE (execution_id);
+CREATE TABLE pipeline.workflow_states_default PARTITION OF pipeline.workflow_states DEFAULT;
 
 CREATE TABLE pipeline.task_executions (
     execution_id      text COLLATE "C" NOT NULL,
@@ -134,8 +137,10 @@ CREATE TABLE pipeline.task_executions (
     CONSTRAINT task_executions_led CHECK (led_by IS NULL OR due_at IS NOT NULL),
     CONSTRAINT task_executions_finished
         CHECK ((finished_at IS NOT NULL) = (status IN ('success', 'failed', 'skipped', 'cancelled')))
-) WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 1000,
-        autovacuum_vacuum_cost_delay = 0);
+) PARTITION BY RANGE (execution_id);
+CREATE TABLE pipeline.task_executions_default PARTITION OF pipeline.task_executions DEFAULT
+    WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 1000,
+          autovacuum_vacuum_cost_delay = 0);
 CREATE INDEX task_executions_due ON pipeline.task_executions (due_at)
     WHERE status IN ('pending', 'retry') AND due_at IS NOT NULL;
 CREATE INDEX task_executions_running ON pipeline.task_executions (worker_id) WHERE status = 'running';
@@ -154,7 +159,8 @@ CREATE TABLE pipeline.task_attempts (
     error_message    text,
     error_traceback  text,
     PRIMARY KEY (execution_id, task_id, epoch)
-);
+) PARTITION BY RANGE (execution_id);
+CREATE TABLE pipeline.task_attempts_default PARTITION OF pipeline.task_attempts DEFAULT;
 
 -- Only the key is indexed, so that every decrement is a HOT update.
 CREATE TABLE pipeline.join_counters (
@@ -162,8 +168,18 @@ CREATE TABLE pipeline.join_counters (
     number        int NOT NULL,
     remaining     int NOT NULL CHECK (remaining >= 0),
     PRIMARY KEY (execution_id, number)
-) WITH (fillfactor = 40, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500,
-        autovacuum_vacuum_cost_delay = 0);
+) PARTITION BY RANGE (execution_id);
+CREATE TABLE pipeline.join_counters_default PARTITION OF pipeline.join_counters DEFAULT
+    WITH (fillfactor = 40, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500,
+          autovacuum_vacuum_cost_delay = 0);
+
+-- The bulk of an execution (states, tasks, attempts, counters) lies in partitions by the day of its creation, which its id
+-- begins with, so that what was forgotten leaves with a DROP. Each row is one partition of each of the four tables. Days
+-- without one are in the default partitions; so are ids that do not begin with a day, as random ones do that are older.
+CREATE TABLE pipeline.partitions (
+    first_day  int PRIMARY KEY,            -- since 1970
+    last_day   int NOT NULL
+);
 
 -- One row per start of a process that runs tasks: an incarnation.
 CREATE TABLE pipeline.workers (
@@ -200,7 +216,8 @@ CREATE TYPE pipeline.ready_task AS (
 
 -- A task that was just claimed, as its worker needs it; with the results of its dependencies where they are few and small.
 CREATE TYPE pipeline.claimed_task AS (
-    definition_id bigint, task_id text, handler text, epoch int, attempt int, retries int, params jsonb, results jsonb);
+    task_id text, handler text, epoch int, attempt int, retries int, params json, results jsonb,
+    timeout double precision, dependencies text[], retry_policy json);
 
 -- Which of the tasks that become ready together share a message: the first of each leads, the others are led by it.
 -- There are as many messages as processes that could run them, and no more than one for four tasks of a handler that is
@@ -240,12 +257,14 @@ BEGIN
 END $$;
 
 -- Record an execution of a stored definition with all its tasks and counters, and return those that are ready. One
--- transaction with whatever the caller's connection has open. `created` is false where the idempotency key was used before.
+-- transaction with whatever the caller's connection has open. `created` is false where the idempotency key was used before;
+-- no row where the id belongs to another execution.
 CREATE FUNCTION pipeline.create_execution(
     p_execution text, p_definition bigint, p_user text, p_key text, p_input jsonb, p_input_digest text,
     p_variables jsonb, p_deadline interval, p_queue_timeout interval, p_grace interval
 ) RETURNS TABLE (created boolean, execution_id text, same_work boolean, ready pipeline.ready_task[]) LANGUAGE plpgsql AS $$
 DECLARE
+    now_ timestamptz := pipeline.clock();  -- asked for each task, it would take as long as a sixth of the whole
     workflow text;
     entry text[];
 BEGIN
@@ -255,7 +274,7 @@ BEGIN
          queue_timeout)
         VALUES (p_execution, p_definition, workflow, p_user, p_key, p_input_digest, pipeline.clock() + p_deadline,
                 p_queue_timeout)
-        ON CONFLICT (workflow_id, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING;
+        ON CONFLICT DO NOTHING;
     IF NOT FOUND THEN
         RETURN QUERY SELECT false, e.execution_id, e.definition_id = p_definition AND e.input_digest = p_input_digest,
                             NULL::pipeline.ready_task[]
@@ -273,8 +292,8 @@ BEGIN
     made AS (
         INSERT INTO pipeline.task_executions (execution_id, task_id, handler, ready_at, due_at, hints, led_by)
         SELECT p_execution, t.task_id, t.handler,
-               CASE WHEN t.is_ready THEN pipeline.clock() END,
-               CASE WHEN t.is_ready THEN pipeline.clock() + p_grace END,
+               CASE WHEN t.is_ready THEN now_ END,
+               CASE WHEN t.is_ready THEN now_ + p_grace END,
                CASE WHEN t.is_ready AND p_grace > '0' THEN 1 ELSE 0 END, t.led_by
           FROM planned t)
     SELECT array_agg((p_execution, t.task_id, 0, t.handler, t.timeout, t.led_by)::pipeline.ready_task ORDER BY t.number)
@@ -306,13 +325,15 @@ BEGIN
        AND w.definition_id = p_definition AND w.task_id = p_task AND w.timeout <= p_room
        AND k.worker_id = p_worker AND k.expires_at > now_
        AND (t.handler = p_handler OR p_handler IS NULL AND t.handler = ANY (k.handlers))
-    RETURNING p_definition, t.task_id, t.handler, t.epoch, t.attempt, t.retries, t.params,
+    RETURNING t.task_id, t.handler, t.epoch, t.attempt, t.retries,
+              coalesce(t.params::json, w.params),
               CASE WHEN cardinality(w.dependencies) BETWEEN 1 AND 16 THEN (
                   SELECT CASE WHEN coalesce(sum(CASE WHEN pg_column_size(r.result) > 8192 THEN 8193  -- compressed
                                                      ELSE octet_length(r.result::text) END), 0) <= 8192
                               THEN jsonb_object_agg(r.task_id, r.result) END
                     FROM pipeline.task_executions r
-                   WHERE r.execution_id = p_execution AND r.task_id = ANY (w.dependencies)) END
+                   WHERE r.execution_id = p_execution AND r.task_id = ANY (w.dependencies)) END,
+              w.timeout, w.dependencies, w.retry_policy
          INTO started;
     RETURN started;
 END $$;
@@ -336,8 +357,10 @@ BEGIN
     started := pipeline.start_task(
         p_execution, x.definition_id, p_task, p_epoch, p_worker, p_handler, 'infinity', p_hard_limit);
     IF started.task_id IS NULL THEN
-        RETURN QUERY SELECT x.definition_id, t.task_id, t.handler, t.epoch, t.attempt, t.retries, t.params, NULL::jsonb
+        RETURN QUERY SELECT t.task_id, t.handler, t.epoch, t.attempt, t.retries, coalesce(t.params::json, w.params),
+                            NULL::jsonb, w.timeout, w.dependencies, w.retry_policy
             FROM pipeline.task_executions t
+            JOIN pipeline.workflow_tasks w ON w.definition_id = x.definition_id AND w.task_id = t.task_id
             WHERE t.execution_id = p_execution AND t.task_id = p_task AND t.epoch = p_epoch + 1
               AND t.handler = p_handler AND t.status = 'running' AND t.worker_id = p_worker;
         RETURN;
@@ -356,8 +379,9 @@ END $$;
 -- that was released or, where none was, p_next with the epoch and handler of the message that named it.
 CREATE FUNCTION pipeline.complete_task(
     p_execution text, p_task text, p_epoch int, p_worker bigint, p_result jsonb, p_grace interval,
-    p_room double precision, p_next text, p_next_epoch int, p_handler text, p_hard_limit interval
-) RETURNS TABLE (outcome text, ready pipeline.ready_task[], next pipeline.claimed_task) LANGUAGE plpgsql AS $$
+    p_room double precision, p_next text, p_next_epoch int, p_handler text, p_hard_limit interval,
+    OUT outcome text, OUT ready pipeline.ready_task[], OUT next pipeline.claimed_task
+) LANGUAGE plpgsql AS $$
 DECLARE
     x record;
     plan record;
@@ -372,7 +396,6 @@ BEGIN
     outcome := 'done';
     IF x.verdict IS NOT NULL OR x.careful THEN
         outcome := 'again';
-        RETURN NEXT;
         RETURN;
     END IF;
     UPDATE pipeline.task_executions t
@@ -383,13 +406,13 @@ BEGIN
         SELECT r.outcome, r.ready INTO outcome, ready FROM pipeline.repeat_of(
             p_execution, x.definition_id, p_task, p_epoch, p_worker, 'success') r;
         IF outcome = 'done' AND p_room > 0 THEN
-            SELECT x.definition_id, t.task_id, t.handler, t.epoch, t.attempt, t.retries, t.params, NULL INTO next
+            SELECT t.task_id, t.handler, t.epoch, t.attempt, t.retries, coalesce(t.params::json, w.params), NULL,
+                   w.timeout, w.dependencies, w.retry_policy INTO next
               FROM pipeline.task_executions t
               JOIN pipeline.workflow_tasks w ON w.definition_id = x.definition_id AND w.task_id = t.task_id
              WHERE t.execution_id = p_execution AND t.status = 'running' AND t.worker_id = p_worker
                AND (w.waits_for @> ARRAY[p_task] OR t.task_id = p_next AND t.epoch = p_next_epoch + 1) LIMIT 1;
         END IF;
-        RETURN NEXT;
         RETURN;
     END IF;
     SELECT w.releases, w.headers INTO plan
@@ -425,7 +448,6 @@ BEGIN
                 p_execution, x.definition_id, p_next, p_next_epoch, p_worker, p_handler, p_room, p_hard_limit);
         END IF;
     END IF;
-    RETURN NEXT;
 END $$;
 
 -- Tasks of a shared message that its reader will not come to soon: each gets a message of its own.
@@ -474,6 +496,7 @@ END $$;
 CREATE FUNCTION pipeline.make_ready(p_execution text, p_definition bigint, p_tasks text[], p_grace interval)
 RETURNS pipeline.ready_task[] LANGUAGE plpgsql AS $$
 DECLARE
+    now_ timestamptz := pipeline.clock();
     ready pipeline.ready_task[];
 BEGIN
     IF cardinality(p_tasks) > 1 THEN
@@ -482,7 +505,7 @@ BEGIN
     END IF;
     WITH moved AS (
         UPDATE pipeline.task_executions t
-           SET ready_at = pipeline.clock(), due_at = pipeline.clock() + p_grace, hints = 1, led_by = r.led_by
+           SET ready_at = now_, due_at = now_ + p_grace, hints = 1, led_by = r.led_by
           FROM (SELECT n.task_id, s.led_by FROM unnest(p_tasks) n (task_id)
                   LEFT JOIN pipeline.share(p_definition, p_tasks) s USING (task_id)) r
          WHERE t.execution_id = p_execution AND t.task_id = r.task_id AND t.status = 'pending' AND t.due_at IS NULL
@@ -676,17 +699,21 @@ BEGIN
              ORDER BY t.due_at LIMIT p_limit FOR NO KEY UPDATE SKIP LOCKED) d;
     SELECT executions || coalesce(array_agg(d.execution_id), '{}'), tasks || coalesce(array_agg(d.task_id), '{}')
       INTO executions, tasks
-      FROM (SELECT t.execution_id, t.task_id FROM pipeline.task_executions t
-              JOIN (SELECT f.execution_id, f.task_id FROM pipeline.task_executions f
+      FROM (SELECT t.*
+              FROM (SELECT f.execution_id, f.task_id FROM pipeline.task_executions f
                      WHERE f.status IN ('pending', 'retry') AND f.due_at <= pipeline.clock() AND f.led_by IS NOT NULL
-                     ORDER BY f.due_at LIMIT 1000) oldest USING (execution_id, task_id)  -- the others' turn comes
-              JOIN pipeline.workflow_executions e USING (execution_id)
-             WHERE t.led_by IS NOT NULL AND (e.paused OR NOT EXISTS (
-                   SELECT 1 FROM pipeline.task_executions l
-                    WHERE l.execution_id = t.execution_id AND l.task_id = t.led_by
-                      AND (l.started_at > pipeline.clock() - interval '2 s' OR l.status = 'pending'
-                           AND l.due_at IS NOT NULL AND coalesce(l.started_at, '-infinity') < t.ready_at)))
-             LIMIT p_limit - cardinality(tasks) FOR NO KEY UPDATE OF t SKIP LOCKED) d;
+                     ORDER BY f.due_at LIMIT 1000) oldest,  -- the others' turn comes
+                   LATERAL (
+                    SELECT t.execution_id, t.task_id FROM pipeline.task_executions t
+                      JOIN pipeline.workflow_executions e USING (execution_id)
+                     WHERE t.execution_id = oldest.execution_id AND t.task_id = oldest.task_id
+                       AND t.led_by IS NOT NULL AND (e.paused OR NOT EXISTS (
+                           SELECT 1 FROM pipeline.task_executions l
+                            WHERE l.execution_id = t.execution_id AND l.task_id = t.led_by
+                              AND (l.started_at > pipeline.clock() - interval '2 s' OR l.status = 'pending'
+                                   AND l.due_at IS NOT NULL AND coalesce(l.started_at, '-infinity') < t.ready_at)))
+                       FOR NO KEY UPDATE OF t SKIP LOCKED) t
+             LIMIT p_limit - cardinality(tasks)) d;
     RETURN QUERY
         WITH pushed AS (
             UPDATE pipeline.task_executions t
@@ -694,9 +721,9 @@ BEGIN
                                  ELSE pipeline.clock() + p_grace * (2 ^ least(t.hints, 6)) END,
                    hints = CASE WHEN e.paused THEN 0 ELSE t.hints + 1 END, led_by = NULL,
                    ready_at = coalesce(t.ready_at, pipeline.clock())
-              FROM unnest(executions, tasks) d (execution_id, task_id)
-              JOIN pipeline.workflow_executions e USING (execution_id)
-             WHERE t.execution_id = d.execution_id AND t.task_id = d.task_id
+              FROM (SELECT d.*, x.paused, x.definition_id FROM unnest(executions, tasks) d (execution_id, task_id)
+                      JOIN pipeline.workflow_executions x USING (execution_id) OFFSET 0) e  -- one look-up each from here
+             WHERE t.execution_id = e.execution_id AND t.task_id = e.task_id
             RETURNING t.execution_id, t.task_id, t.epoch, t.handler, e.definition_id, e.paused)
         SELECT p.execution_id, p.task_id, p.epoch, p.handler, w.timeout, NULL::text
           FROM pushed p JOIN pipeline.workflow_tasks w ON w.definition_id = p.definition_id AND w.task_id = p.task_id
@@ -904,21 +931,93 @@ BEGIN
     RETURN true;
 END $$;
 
--- Delete ended executions with all that belongs to them; the caller has dealt with their artifacts.
+-- What the ids of executions begin with that were created on a day (since 1970).
+CREATE FUNCTION pipeline.ids_from(p_day int) RETURNS text LANGUAGE sql IMMUTABLE AS
+$$ SELECT 'exec-' || lpad(to_hex(p_day), 4, '0') $$;
+
+CREATE FUNCTION pipeline.today() RETURNS int LANGUAGE sql STABLE AS
+$$ SELECT floor(extract(epoch FROM pipeline.clock()) / 86400)::int $$;
+
+-- See to it that the executions of the next p_days days have partitions, of so many days each; returns how many were made.
+-- Whoever is in the way for longer than a moment is left alone: then the next look makes them.
+CREATE FUNCTION pipeline.make_partitions(p_days int) RETURNS int LANGUAGE plpgsql SET lock_timeout = '500ms' AS $$
+DECLARE
+    first_ int;
+    name_ text;
+    whole text;
+    made int := 0;
+BEGIN
+    LOCK TABLE pipeline.partitions IN SHARE ROW EXCLUSIVE MODE;
+    SELECT greatest(pipeline.today() + 1, max(p.last_day) + 1) INTO first_ FROM pipeline.partitions p;
+    WHILE first_ <= pipeline.today() + p_days LOOP
+        LOCK TABLE ONLY pipeline.workflow_states_default, pipeline.task_executions_default, pipeline.task_attempts_default,
+            pipeline.join_counters_default IN ACCESS EXCLUSIVE MODE;
+        FOREACH whole IN ARRAY ARRAY['workflow_states', 'task_executions', 'task_attempts', 'join_counters'] LOOP
+            name_ := format('%s_%s', whole, to_hex(first_));
+            EXECUTE format('CREATE TABLE pipeline.%I (LIKE pipeline.%I INCLUDING ALL) %s', name_, whole, (
+                SELECT 'WITH (' || array_to_string(c.reloptions, ',') || ')' FROM pg_class c
+                 WHERE c.oid = format('pipeline.%I', whole || '_default')::regclass));
+            EXECUTE format($move$  -- ids that do not begin with a day may lie here, and those of clocks that are fast
+                WITH moved AS (DELETE FROM pipeline.%I WHERE execution_id >= %L AND execution_id < %L RETURNING *)
+                INSERT INTO pipeline.%I SELECT * FROM moved $move$,
+                whole || '_default', pipeline.ids_from(first_), pipeline.ids_from(first_ + p_days), name_);
+            EXECUTE format('ALTER TABLE pipeline.%I ATTACH PARTITION pipeline.%I FOR VALUES FROM (%L) TO (%L)',
+                whole, name_, pipeline.ids_from(first_), pipeline.ids_from(first_ + p_days));
+        END LOOP;
+        INSERT INTO pipeline.partitions (first_day, last_day) VALUES (first_, first_ + p_days - 1);
+        first_ := first_ + p_days;
+        made := made + 1;
+    END LOOP;
+    RETURN made;
+EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
+    RETURN 0;
+END $$;
+
+-- Drop the partitions of days that are over and of which every execution is forgotten; returns how many.
+CREATE FUNCTION pipeline.drop_partitions() RETURNS int LANGUAGE plpgsql SET lock_timeout = '500ms' AS $$
+DECLARE
+    old record;
+    dropped int := 0;
+BEGIN
+    FOR old IN SELECT p.* FROM pipeline.partitions p WHERE p.last_day < pipeline.today() - 1 ORDER BY 1 FOR UPDATE LOOP
+        CONTINUE WHEN pipeline.in_use(old.first_day, old.last_day);
+        LOCK TABLE ONLY pipeline.workflow_states, pipeline.task_executions, pipeline.task_attempts, pipeline.join_counters
+            IN ACCESS EXCLUSIVE MODE;
+        CONTINUE WHEN pipeline.in_use(old.first_day, old.last_day);  -- by somebody whose clock is late
+        EXECUTE format('DROP TABLE pipeline.workflow_states_%1$s, pipeline.task_executions_%1$s, '
+                       'pipeline.task_attempts_%1$s, pipeline.join_counters_%1$s', to_hex(old.first_day));
+        DELETE FROM pipeline.partitions p WHERE p.first_day = old.first_day;
+        dropped := dropped + 1;
+    END LOOP;
+    RETURN dropped;
+EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
+    RETURN 0;
+END $$;
+
+CREATE FUNCTION pipeline.in_use(p_first int, p_last int) RETURNS boolean LANGUAGE sql VOLATILE AS
+$$ SELECT EXISTS (SELECT 1 FROM pipeline.workflow_executions e
+                   WHERE e.execution_id >= pipeline.ids_from(p_first) AND e.execution_id < pipeline.ids_from(p_last + 1)) $$;
+
+-- Delete ended executions with all that belongs to them; the caller has dealt with their artifacts. What lies in a
+-- partition of its days stays there, unseen, until that is dropped.
 CREATE FUNCTION pipeline.forget_executions(p_executions text[]) RETURNS int LANGUAGE plpgsql AS $$
 DECLARE
     gone text[];
+    lying text[];
 BEGIN
     WITH deleted AS (
         DELETE FROM pipeline.workflow_executions e
          WHERE e.execution_id = ANY (p_executions) AND e.status IN ('success', 'failed', 'cancelled')
         RETURNING e.execution_id)
     SELECT coalesce(array_agg(d.execution_id), '{}') INTO gone FROM deleted d;
-    DELETE FROM pipeline.task_executions t WHERE t.execution_id = ANY (gone);
-    DELETE FROM pipeline.task_attempts t WHERE t.execution_id = ANY (gone);
-    DELETE FROM pipeline.join_counters t WHERE t.execution_id = ANY (gone);
-    DELETE FROM pipeline.workflow_states t WHERE t.execution_id = ANY (gone);
     DELETE FROM pipeline.workflow_events t WHERE t.execution_id = ANY (gone);
+    lying := ARRAY(SELECT g FROM unnest(gone) g WHERE NOT EXISTS (
+        SELECT 1 FROM pipeline.partitions p
+         WHERE g COLLATE "C" >= pipeline.ids_from(p.first_day) AND g COLLATE "C" < pipeline.ids_from(p.last_day + 1)));
+    DELETE FROM pipeline.task_executions t WHERE t.execution_id = ANY (lying);
+    DELETE FROM pipeline.task_attempts t WHERE t.execution_id = ANY (lying);
+    DELETE FROM pipeline.join_counters t WHERE t.execution_id = ANY (lying);
+    DELETE FROM pipeline.workflow_states t WHERE t.execution_id = ANY (lying);
     RETURN cardinality(gone);
 END $$;
 

@@ -16,9 +16,11 @@ class ResultStore(Definitions, Executions, Attempts, Fleet):
     """What the engine asks of Postgres, one method per statement."""
 
     @classmethod
-    def open(cls, url: str, *, patience: float = 0.0, name: str = "chordal", **options: Any) -> Self:
-        """A store with connections of its own; see `Database` for `patience`, `Door` for the options."""
-        return cls(Database(url, patience=patience, name=name), url=url, **options)
+    def open(
+        cls, url: str, *, patience: float = 0.0, keep_plans: bool = False, name: str = "chordal", **options: Any
+    ) -> Self:  # fmt: skip
+        """A store with connections of its own; see `Database` for `patience` and `keep_plans`, `Door` for the options."""
+        return cls(Database(url, patience=patience, keep_plans=keep_plans, name=name), url=url, **options)
 
     def within(self, connection: Connection) -> ResultStore:
         """The same store inside a caller's transaction."""

@@ -29,7 +29,7 @@ class Driver:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self.store = ResultStore.open(url, loss_budget=2)
+        self.store = ResultStore.open(url, loss_budget=2, keep_plans=True)
         self.dispatcher = Dispatcher(self.store, Celery("tests"), hard_limit=1.0)
         self.worker = self.new_worker()
 
@@ -179,8 +179,11 @@ def released(ended: Ended) -> list[str]:
 
 @pytest.fixture(scope="module")
 def shared(databases: Callable[[], str]) -> Iterator[Driver]:
-    """A driver on a database for this module: its tests look at executions of their own."""
+    """A driver on a database for this module, with partitions: its tests look at executions of their own."""
     driver = Driver(databases())
+    driver.sql("SELECT set_config('pipeline.fake_now', (now() - interval '1 day')::text, false)")
+    assert driver.store.make_partitions(3) == 1, "made ahead, from tomorrow on"
+    driver.set_clock(None)
     yield driver
     driver.close()
 

@@ -80,7 +80,11 @@ def test_upgrade_waits_until_no_worker_of_the_old_version_runs_and_keeps_what_is
             "INSERT INTO pipeline.workers (name, pid, expires_at) VALUES ('old', 1, now() + interval '1 h');"
             "INSERT INTO pipeline.workflow_executions (execution_id, definition_id, workflow_id, input_digest)"
             " VALUES ('exec-0', 1, 'w', '');"
-            "INSERT INTO pipeline.task_executions (execution_id, task_id, handler, due_at) VALUES ('exec-0', 'a', 'h', now())"
+            "INSERT INTO pipeline.task_executions (execution_id, task_id, handler, due_at) VALUES ('exec-0', 'a', 'h', now());"
+            "INSERT INTO pipeline.workflow_definitions (workflow_id, version, digest, definition) VALUES ('w', '1', '',"
+            """ '{"tasks": [{"id": "a", "params": {"b": 1, "a": 2}}, {"id": "c", "retry_policy": {"max_retries": 1}}]}');"""
+            "INSERT INTO pipeline.workflow_tasks VALUES (1, 'a', 0, 'h', 1, '{}', '{}', '{c}', '{}'),"
+            " (1, 'c', 1, 'h', 1, '{a}', '{a}', '{}', '{0}')"
         )
         with pytest.raises(SchemaMismatch, match="1 processes of workers run"):
             upgrade(empty_url)
@@ -88,6 +92,8 @@ def test_upgrade_waits_until_no_worker_of_the_old_version_runs_and_keeps_what_is
         connection.execute("UPDATE pipeline.workers SET expires_at = now()")
         assert [step.version for step in upgrade(empty_url)] == [step.version for step in migrations.migrations()[1:]]
         assert connection.execute("SELECT task_id, led_by FROM pipeline.task_executions").fetchall() == [("a", None)]
+        plan = connection.execute("SELECT task_id, params::text, retry_policy FROM pipeline.workflow_tasks ORDER BY 1").fetchall()
+        assert plan == [("a", '{"b": 1, "a": 2}', None), ("c", None, {"max_retries": 1})]
 
 
 def test_upgrade_brings_an_empty_database_to_the_newest_version_and_then_does_nothing(empty_url: str) -> None:

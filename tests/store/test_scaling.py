@@ -110,9 +110,9 @@ def test_query_reads_open_tasks_by_their_indexes(lone: Driver) -> None:
     lone.sql("ANALYZE pipeline.task_executions, pipeline.workflow_executions")
     plan = "\n".join(line for (line,) in lone.sql(f"EXPLAIN {query()}"))
     lone.clear()
-    assert "task_executions_due" in plan
-    assert "task_executions_running" in plan
-    assert "Seq Scan" not in plan
+    assert "task_executions_default_due_at_idx" in plan
+    assert "task_executions_default_worker_id_idx" in plan
+    assert "Seq Scan on task_executions_default" not in plan
 
 
 def test_pods_are_asked_for_by_the_number_of_tasks_for_each_of_them() -> None:

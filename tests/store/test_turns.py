@@ -107,7 +107,9 @@ def test_complete_claims_the_only_task_that_it_releases_and_publishes_nothing(ab
     assert ended.next is not None and ended.next.results == {"a": {"n": 1}}
     task = able.store.get_tasks(execution)[1]
     assert (task.status, task.attempt, task.ready_at) == ("running", 1, task.started_at)
-    assert able.store.complete(fence, None, ROOM).next == replace(ended.next, task_id="c", results={"b": None})
+    assert able.store.complete(fence, None, ROOM).next == replace(
+        ended.next, task_id="c", results={"b": None}, dependencies=["b"]
+    )
 
 
 def test_complete_without_room_claims_nothing(able: Driver) -> None:

@@ -1,0 +1,413 @@
+-- The bulk of executions in partitions by day, and claims that bring all that is declared of their task.
+
+ALTER TABLE pipeline.workflow_tasks ADD COLUMN params json, ADD COLUMN retry_policy json;
+UPDATE pipeline.workflow_tasks w SET params = t.declared -> 'params', retry_policy = t.declared -> 'retry_policy'
+  FROM (SELECT d.definition_id, e.value AS declared
+          FROM pipeline.workflow_definitions d, json_array_elements(d.definition -> 'tasks') e) t
+ WHERE t.definition_id = w.definition_id AND t.declared ->> 'id' = w.task_id
+   AND (t.declared -> 'params' IS NOT NULL OR t.declared -> 'retry_policy' IS NOT NULL);
+
+CREATE TABLE pipeline.partitions (
+    first_day  int PRIMARY KEY,            -- since 1970
+    last_day   int NOT NULL
+);
+ALTER TABLE pipeline.workflow_states RENAME TO workflow_states_default;
+ALTER INDEX pipeline.workflow_states_pkey RENAME TO workflow_states_default_pkey;
+CREATE TABLE pipeline.workflow_states (LIKE pipeline.workflow_states_default INCLUDING ALL EXCLUDING INDEXES)
+    PARTITION BY RANGE (execution_id);
+ALTER TABLE pipeline.workflow_states ADD PRIMARY KEY (execution_id);
+ALTER TABLE pipeline.workflow_states ATTACH PARTITION pipeline.workflow_states_default DEFAULT;
+
+ALTER TABLE pipeline.task_executions RENAME TO task_executions_default;
+ALTER INDEX pipeline.task_executions_pkey RENAME TO task_executions_default_pkey;
+ALTER INDEX pipeline.task_executions_due RENAME TO task_executions_default_due_at_idx;
+ALTER INDEX pipeline.task_executions_running RENAME TO task_executions_default_worker_id_idx;
+CREATE TABLE pipeline.task_executions (LIKE pipeline.task_executions_default INCLUDING ALL EXCLUDING INDEXES)
+    PARTITION BY RANGE (execution_id);
+ALTER TABLE pipeline.task_executions ADD PRIMARY KEY (execution_id, task_id);
+CREATE INDEX task_executions_due ON pipeline.task_executions (due_at)
+    WHERE status IN ('pending', 'retry') AND due_at IS NOT NULL;
+CREATE INDEX task_executions_running ON pipeline.task_executions (worker_id) WHERE status = 'running';
+ALTER TABLE pipeline.task_executions ATTACH PARTITION pipeline.task_executions_default DEFAULT;
+
+ALTER TABLE pipeline.task_attempts RENAME TO task_attempts_default;
+ALTER INDEX pipeline.task_attempts_pkey RENAME TO task_attempts_default_pkey;
+CREATE TABLE pipeline.task_attempts (LIKE pipeline.task_attempts_default INCLUDING ALL EXCLUDING INDEXES)
+    PARTITION BY RANGE (execution_id);
+ALTER TABLE pipeline.task_attempts ADD PRIMARY KEY (execution_id, task_id, epoch);
+ALTER TABLE pipeline.task_attempts ATTACH PARTITION pipeline.task_attempts_default DEFAULT;
+
+ALTER TABLE pipeline.join_counters RENAME TO join_counters_default;
+ALTER INDEX pipeline.join_counters_pkey RENAME TO join_counters_default_pkey;
+CREATE TABLE pipeline.join_counters (LIKE pipeline.join_counters_default INCLUDING ALL EXCLUDING INDEXES)
+    PARTITION BY RANGE (execution_id);
+ALTER TABLE pipeline.join_counters ADD PRIMARY KEY (execution_id, number);
+ALTER TABLE pipeline.join_counters ATTACH PARTITION pipeline.join_counters_default DEFAULT;
+
+DROP FUNCTION pipeline.start_task(text, bigint, text, int, bigint, text, double precision, interval);
+DROP FUNCTION pipeline.claim_task(text, text, int, bigint, text, interval);
+DROP FUNCTION pipeline.complete_task(
+    text, text, int, bigint, jsonb, interval, double precision, text, int, text, interval);
+DROP TYPE pipeline.claimed_task;
+-- A task that was just claimed, as its worker needs it; with the results of its dependencies where they are few and small.
+CREATE TYPE pipeline.claimed_task AS (
+    task_id text, handler text, epoch int, attempt int, retries int, params json, results jsonb,
+    timeout double precision, dependencies text[], retry_policy json);
+
+-- Record an execution of a stored definition with all its tasks and counters, and return those that are ready. One
+-- transaction with whatever the caller's connection has open. `created` is false where the idempotency key was used before;
+-- no row where the id belongs to another execution.
+CREATE OR REPLACE FUNCTION pipeline.create_execution(
+    p_execution text, p_definition bigint, p_user text, p_key text, p_input jsonb, p_input_digest text,
+    p_variables jsonb, p_deadline interval, p_queue_timeout interval, p_grace interval
+) RETURNS TABLE (created boolean, execution_id text, same_work boolean, ready pipeline.ready_task[]) LANGUAGE plpgsql AS $$
+DECLARE
+    now_ timestamptz := pipeline.clock();  -- asked for each task, it would take as long as a sixth of the whole
+    workflow text;
+    entry text[];
+BEGIN
+    SELECT d.workflow_id INTO STRICT workflow FROM pipeline.workflow_definitions d WHERE d.definition_id = p_definition;
+    INSERT INTO pipeline.workflow_executions AS e
+        (execution_id, definition_id, workflow_id, created_by, idempotency_key, input_digest, deadline_at,
+         queue_timeout)
+        VALUES (p_execution, p_definition, workflow, p_user, p_key, p_input_digest, pipeline.clock() + p_deadline,
+                p_queue_timeout)
+        ON CONFLICT DO NOTHING;
+    IF NOT FOUND THEN
+        RETURN QUERY SELECT false, e.execution_id, e.definition_id = p_definition AND e.input_digest = p_input_digest,
+                            NULL::pipeline.ready_task[]
+            FROM pipeline.workflow_executions e WHERE e.workflow_id = workflow AND e.idempotency_key = p_key;
+        RETURN;
+    END IF;
+    INSERT INTO pipeline.workflow_states VALUES (p_execution, p_variables, p_input);
+    entry := ARRAY(SELECT t.task_id FROM pipeline.workflow_tasks t
+                    WHERE t.definition_id = p_definition AND t.waits_for = '{}');
+    WITH planned AS MATERIALIZED (
+        SELECT t.*, t.waits_for = '{}' AS is_ready, s.led_by
+          FROM pipeline.workflow_tasks t
+          LEFT JOIN pipeline.share(p_definition, entry) s ON p_grace > '0' AND s.task_id = t.task_id
+         WHERE t.definition_id = p_definition ORDER BY t.number),
+    made AS (
+        INSERT INTO pipeline.task_executions (execution_id, task_id, handler, ready_at, due_at, hints, led_by)
+        SELECT p_execution, t.task_id, t.handler,
+               CASE WHEN t.is_ready THEN now_ END,
+               CASE WHEN t.is_ready THEN now_ + p_grace END,
+               CASE WHEN t.is_ready AND p_grace > '0' THEN 1 ELSE 0 END, t.led_by
+          FROM planned t)
+    SELECT array_agg((p_execution, t.task_id, 0, t.handler, t.timeout, t.led_by)::pipeline.ready_task ORDER BY t.number)
+      INTO ready FROM planned t WHERE t.is_ready;
+    INSERT INTO pipeline.join_counters (execution_id, number, remaining)
+        SELECT p_execution, h.number, cardinality(h.tasks)
+          FROM pipeline.workflow_headers h WHERE h.definition_id = p_definition;
+    RETURN QUERY SELECT true, p_execution, true, ready;
+END $$;
+
+-- Give a task of an open execution to a worker's incarnation, or return NULL. With p_epoch, one whose message says so;
+-- without, one that its predecessor has just released. The caller holds the execution's lock.
+CREATE FUNCTION pipeline.start_task(
+    p_execution text, p_definition bigint, p_task text, p_epoch int, p_worker bigint, p_handler text,
+    p_room double precision, p_hard_limit interval
+) RETURNS pipeline.claimed_task LANGUAGE plpgsql AS $$
+DECLARE
+    now_ timestamptz := pipeline.clock();
+    started pipeline.claimed_task;
+BEGIN
+    UPDATE pipeline.task_executions t
+       SET status = 'running', epoch = t.epoch + 1, attempt = t.attempt + 1, hints = 0, due_at = NULL, led_by = NULL,
+           ready_at = coalesce(t.ready_at, now_), worker_id = p_worker, started_at = now_, progress = NULL,
+           progress_message = NULL, error_type = NULL, error_message = NULL, error_traceback = NULL,
+           deadline_at = now_ + p_hard_limit + make_interval(secs => w.timeout)
+      FROM pipeline.workflow_tasks w, pipeline.workers k
+     WHERE t.execution_id = p_execution AND t.task_id = p_task AND t.status IN ('pending', 'retry')
+       AND (t.epoch = p_epoch AND t.due_at IS NOT NULL OR p_epoch IS NULL AND t.due_at IS NULL)
+       AND w.definition_id = p_definition AND w.task_id = p_task AND w.timeout <= p_room
+       AND k.worker_id = p_worker AND k.expires_at > now_
+       AND (t.handler = p_handler OR p_handler IS NULL AND t.handler = ANY (k.handlers))
+    RETURNING t.task_id, t.handler, t.epoch, t.attempt, t.retries,
+              coalesce(t.params::json, w.params),
+              CASE WHEN cardinality(w.dependencies) BETWEEN 1 AND 16 THEN (
+                  SELECT CASE WHEN coalesce(sum(CASE WHEN pg_column_size(r.result) > 8192 THEN 8193  -- compressed
+                                                     ELSE octet_length(r.result::text) END), 0) <= 8192
+                              THEN jsonb_object_agg(r.task_id, r.result) END
+                    FROM pipeline.task_executions r
+                   WHERE r.execution_id = p_execution AND r.task_id = ANY (w.dependencies)) END,
+              w.timeout, w.dependencies, w.retry_policy
+         INTO started;
+    RETURN started;
+END $$;
+
+-- Give the task to a worker's incarnation, or return no row: the message was stale, doubled or forged, or the
+-- execution takes no claims. A repeat of a claim whose answer was lost gives the same row again.
+CREATE FUNCTION pipeline.claim_task(
+    p_execution text, p_task text, p_epoch int, p_worker bigint, p_handler text, p_hard_limit interval
+) RETURNS SETOF pipeline.claimed_task LANGUAGE plpgsql AS $$
+DECLARE
+    x record;
+    started pipeline.claimed_task;
+BEGIN
+    PERFORM set_config('synchronous_commit', 'off', true);  -- a forgotten claim is only a second attempt
+    PERFORM pg_advisory_xact_lock_shared(pipeline.lock_key(p_execution));
+    SELECT e.definition_id, e.status, e.verdict, e.paused INTO x
+      FROM pipeline.workflow_executions e WHERE e.execution_id = p_execution;
+    IF NOT FOUND OR x.paused OR x.verdict IS NOT NULL OR x.status NOT IN ('pending', 'running', 'retry') THEN
+        RETURN;
+    END IF;
+    started := pipeline.start_task(
+        p_execution, x.definition_id, p_task, p_epoch, p_worker, p_handler, 'infinity', p_hard_limit);
+    IF started.task_id IS NULL THEN
+        RETURN QUERY SELECT t.task_id, t.handler, t.epoch, t.attempt, t.retries, coalesce(t.params::json, w.params),
+                            NULL::jsonb, w.timeout, w.dependencies, w.retry_policy
+            FROM pipeline.task_executions t
+            JOIN pipeline.workflow_tasks w ON w.definition_id = x.definition_id AND w.task_id = t.task_id
+            WHERE t.execution_id = p_execution AND t.task_id = p_task AND t.epoch = p_epoch + 1
+              AND t.handler = p_handler AND t.status = 'running' AND t.worker_id = p_worker;
+        RETURN;
+    END IF;
+    IF x.status IN ('pending', 'retry') THEN
+        UPDATE pipeline.workflow_executions e
+           SET status = 'running', started_at = coalesce(e.started_at, pipeline.clock())
+         WHERE e.execution_id = p_execution AND e.status IN ('pending', 'retry');
+    END IF;
+    RETURN NEXT started;
+END $$;
+
+-- Record a success and return what it released. The straight path: outcome is `done`; `stale` where the fence does
+-- not hold; `again` where the execution needs the careful path (end_task) and nothing was changed.
+-- With p_room, the longest timeout that may follow, the worker goes on at once: `next` is claimed for it, the first task
+-- that was released or, where none was, p_next with the epoch and handler of the message that named it.
+CREATE FUNCTION pipeline.complete_task(
+    p_execution text, p_task text, p_epoch int, p_worker bigint, p_result jsonb, p_grace interval,
+    p_room double precision, p_next text, p_next_epoch int, p_handler text, p_hard_limit interval,
+    OUT outcome text, OUT ready pipeline.ready_task[], OUT next pipeline.claimed_task
+) LANGUAGE plpgsql AS $$
+DECLARE
+    x record;
+    plan record;
+    number_ int;
+    remaining_ int;
+    released text[];
+    ended boolean := false;
+BEGIN
+    PERFORM pg_advisory_xact_lock_shared(pipeline.lock_key(p_execution));
+    SELECT e.definition_id, e.verdict, e.careful, e.paused INTO x
+      FROM pipeline.workflow_executions e WHERE e.execution_id = p_execution;
+    outcome := 'done';
+    IF x.verdict IS NOT NULL OR x.careful THEN
+        outcome := 'again';
+        RETURN;
+    END IF;
+    UPDATE pipeline.task_executions t
+       SET status = 'success', result = p_result, finished_at = pipeline.clock(), deadline_at = NULL
+     WHERE t.execution_id = p_execution AND t.task_id = p_task
+       AND t.status = 'running' AND t.epoch = p_epoch AND t.worker_id = p_worker;
+    IF NOT FOUND THEN
+        SELECT r.outcome, r.ready INTO outcome, ready FROM pipeline.repeat_of(
+            p_execution, x.definition_id, p_task, p_epoch, p_worker, 'success') r;
+        IF outcome = 'done' AND p_room > 0 THEN
+            SELECT t.task_id, t.handler, t.epoch, t.attempt, t.retries, coalesce(t.params::json, w.params), NULL,
+                   w.timeout, w.dependencies, w.retry_policy INTO next
+              FROM pipeline.task_executions t
+              JOIN pipeline.workflow_tasks w ON w.definition_id = x.definition_id AND w.task_id = t.task_id
+             WHERE t.execution_id = p_execution AND t.status = 'running' AND t.worker_id = p_worker
+               AND (w.waits_for @> ARRAY[p_task] OR t.task_id = p_next AND t.epoch = p_next_epoch + 1) LIMIT 1;
+        END IF;
+        RETURN;
+    END IF;
+    SELECT w.releases, w.headers INTO plan
+      FROM pipeline.workflow_tasks w WHERE w.definition_id = x.definition_id AND w.task_id = p_task;
+    released := plan.releases;
+    FOREACH number_ IN ARRAY plan.headers LOOP  -- ascending: the lock order of counters
+        UPDATE pipeline.join_counters c SET remaining = c.remaining - 1
+         WHERE c.execution_id = p_execution AND c.number = number_ RETURNING c.remaining INTO remaining_;
+        IF remaining_ = 0 THEN
+            ended := ended OR number_ = 0;
+            released := released || (SELECT h.bodies FROM pipeline.workflow_headers h
+                                      WHERE h.definition_id = x.definition_id AND h.number = number_);
+        END IF;
+    END LOOP;
+    IF released <> '{}' THEN
+        IF cardinality(released) = 1 AND p_room > 0 AND NOT x.paused THEN
+            next := pipeline.start_task(
+                p_execution, x.definition_id, released[1], NULL, p_worker, NULL, p_room, p_hard_limit);
+        END IF;
+        IF next.task_id IS NULL THEN
+            ready := pipeline.make_ready(p_execution, x.definition_id, released, p_grace);
+            IF cardinality(released) > 1 AND p_room > 0 AND NOT x.paused THEN
+                next := pipeline.start_task(
+                    p_execution, x.definition_id, ready[1].task_id, ready[1].epoch, p_worker, NULL, p_room, p_hard_limit);
+            END IF;
+        END IF;
+    ELSIF ended THEN
+        PERFORM pipeline.close_execution(p_execution, 'success');
+    ELSE
+        PERFORM set_config('synchronous_commit', 'off', true);
+        IF p_next IS NOT NULL AND p_room > 0 AND NOT x.paused THEN
+            next := pipeline.start_task(
+                p_execution, x.definition_id, p_next, p_next_epoch, p_worker, p_handler, p_room, p_hard_limit);
+        END IF;
+    END IF;
+END $$;
+
+-- Mark tasks as ready for a claim and return them for publishing.
+CREATE OR REPLACE FUNCTION pipeline.make_ready(p_execution text, p_definition bigint, p_tasks text[], p_grace interval)
+RETURNS pipeline.ready_task[] LANGUAGE plpgsql AS $$
+DECLARE
+    now_ timestamptz := pipeline.clock();
+    ready pipeline.ready_task[];
+BEGIN
+    IF cardinality(p_tasks) > 1 THEN
+        PERFORM 1 FROM pipeline.task_executions t
+          WHERE t.execution_id = p_execution AND t.task_id = ANY (p_tasks) ORDER BY t.task_id FOR NO KEY UPDATE;
+    END IF;
+    WITH moved AS (
+        UPDATE pipeline.task_executions t
+           SET ready_at = now_, due_at = now_ + p_grace, hints = 1, led_by = r.led_by
+          FROM (SELECT n.task_id, s.led_by FROM unnest(p_tasks) n (task_id)
+                  LEFT JOIN pipeline.share(p_definition, p_tasks) s USING (task_id)) r
+         WHERE t.execution_id = p_execution AND t.task_id = r.task_id AND t.status = 'pending' AND t.due_at IS NULL
+        RETURNING t.task_id, t.epoch, t.handler, t.led_by)
+    SELECT array_agg((p_execution, m.task_id, m.epoch, m.handler, w.timeout, m.led_by)::pipeline.ready_task ORDER BY w.number)
+      INTO ready
+      FROM moved m, LATERAL (SELECT p.number, p.timeout FROM pipeline.workflow_tasks p
+                              WHERE p.definition_id = p_definition AND p.task_id = m.task_id
+                             OFFSET 0) w;  -- one look-up each, whatever the planner thinks of the size of a plan
+    RETURN ready;
+END $$;
+
+-- Tasks whose message is due, pushed ahead so that the next look is later each time; what is paused is parked instead.
+-- The second statement sees what was committed before the first had its locks: a pause or resume is never missed.
+-- With `p_first_only`, tasks that were published before are left to the messages that the broker still holds. A task that
+-- shares a message is left to it until that message's first task was claimed a while ago, or is otherwise gone.
+CREATE OR REPLACE FUNCTION pipeline.take_due(p_limit int, p_first_only boolean, p_grace interval)
+RETURNS SETOF pipeline.ready_task LANGUAGE plpgsql AS $$
+DECLARE
+    executions text[];
+    tasks text[];
+BEGIN
+    SELECT coalesce(array_agg(d.execution_id), '{}'), coalesce(array_agg(d.task_id), '{}') INTO executions, tasks
+      FROM (SELECT t.execution_id, t.task_id FROM pipeline.task_executions t
+             WHERE t.status IN ('pending', 'retry') AND t.due_at <= pipeline.clock() AND t.led_by IS NULL
+               AND (t.hints = 0 OR NOT p_first_only)
+             ORDER BY t.due_at LIMIT p_limit FOR NO KEY UPDATE SKIP LOCKED) d;
+    SELECT executions || coalesce(array_agg(d.execution_id), '{}'), tasks || coalesce(array_agg(d.task_id), '{}')
+      INTO executions, tasks
+      FROM (SELECT t.*
+              FROM (SELECT f.execution_id, f.task_id FROM pipeline.task_executions f
+                     WHERE f.status IN ('pending', 'retry') AND f.due_at <= pipeline.clock() AND f.led_by IS NOT NULL
+                     ORDER BY f.due_at LIMIT 1000) oldest,  -- the others' turn comes
+                   LATERAL (
+                    SELECT t.execution_id, t.task_id FROM pipeline.task_executions t
+                      JOIN pipeline.workflow_executions e USING (execution_id)
+                     WHERE t.execution_id = oldest.execution_id AND t.task_id = oldest.task_id
+                       AND t.led_by IS NOT NULL AND (e.paused OR NOT EXISTS (
+                           SELECT 1 FROM pipeline.task_executions l
+                            WHERE l.execution_id = t.execution_id AND l.task_id = t.led_by
+                              AND (l.started_at > pipeline.clock() - interval '2 s' OR l.status = 'pending'
+                                   AND l.due_at IS NOT NULL AND coalesce(l.started_at, '-infinity') < t.ready_at)))
+                       FOR NO KEY UPDATE OF t SKIP LOCKED) t
+             LIMIT p_limit - cardinality(tasks)) d;
+    RETURN QUERY
+        WITH pushed AS (
+            UPDATE pipeline.task_executions t
+               SET due_at = CASE WHEN e.paused THEN 'infinity'
+                                 ELSE pipeline.clock() + p_grace * (2 ^ least(t.hints, 6)) END,
+                   hints = CASE WHEN e.paused THEN 0 ELSE t.hints + 1 END, led_by = NULL,
+                   ready_at = coalesce(t.ready_at, pipeline.clock())
+              FROM (SELECT d.*, x.paused, x.definition_id FROM unnest(executions, tasks) d (execution_id, task_id)
+                      JOIN pipeline.workflow_executions x USING (execution_id) OFFSET 0) e  -- one look-up each from here
+             WHERE t.execution_id = e.execution_id AND t.task_id = e.task_id
+            RETURNING t.execution_id, t.task_id, t.epoch, t.handler, e.definition_id, e.paused)
+        SELECT p.execution_id, p.task_id, p.epoch, p.handler, w.timeout, NULL::text
+          FROM pushed p JOIN pipeline.workflow_tasks w ON w.definition_id = p.definition_id AND w.task_id = p.task_id
+         WHERE NOT p.paused ORDER BY p.execution_id, w.number;
+END $$;
+
+-- What the ids of executions begin with that were created on a day (since 1970).
+CREATE FUNCTION pipeline.ids_from(p_day int) RETURNS text LANGUAGE sql IMMUTABLE AS
+$$ SELECT 'exec-' || lpad(to_hex(p_day), 4, '0') $$;
+
+CREATE FUNCTION pipeline.today() RETURNS int LANGUAGE sql STABLE AS
+$$ SELECT floor(extract(epoch FROM pipeline.clock()) / 86400)::int $$;
+
+-- See to it that the executions of the next p_days days have partitions, of so many days each; returns how many were made.
+-- Whoever is in the way for longer than a moment is left alone: then the next look makes them.
+CREATE FUNCTION pipeline.make_partitions(p_days int) RETURNS int LANGUAGE plpgsql SET lock_timeout = '500ms' AS $$
+DECLARE
+    first_ int;
+    name_ text;
+    whole text;
+    made int := 0;
+BEGIN
+    LOCK TABLE pipeline.partitions IN SHARE ROW EXCLUSIVE MODE;
+    SELECT greatest(pipeline.today() + 1, max(p.last_day) + 1) INTO first_ FROM pipeline.partitions p;
+    WHILE first_ <= pipeline.today() + p_days LOOP
+        LOCK TABLE ONLY pipeline.workflow_states_default, pipeline.task_executions_default, pipeline.task_attempts_default,
+            pipeline.join_counters_default IN ACCESS EXCLUSIVE MODE;
+        FOREACH whole IN ARRAY ARRAY['workflow_states', 'task_executions', 'task_attempts', 'join_counters'] LOOP
+            name_ := format('%s_%s', whole, to_hex(first_));
+            EXECUTE format('CREATE TABLE pipeline.%I (LIKE pipeline.%I INCLUDING ALL) %s', name_, whole, (
+                SELECT 'WITH (' || array_to_string(c.reloptions, ',') || ')' FROM pg_class c
+                 WHERE c.oid = format('pipeline.%I', whole || '_default')::regclass));
+            EXECUTE format($move$  -- ids that do not begin with a day may lie here, and those of clocks that are fast
+                WITH moved AS (DELETE FROM pipeline.%I WHERE execution_id >= %L AND execution_id < %L RETURNING *)
+                INSERT INTO pipeline.%I SELECT * FROM moved $move$,
+                whole || '_default', pipeline.ids_from(first_), pipeline.ids_from(first_ + p_days), name_);
+            EXECUTE format('ALTER TABLE pipeline.%I ATTACH PARTITION pipeline.%I FOR VALUES FROM (%L) TO (%L)',
+                whole, name_, pipeline.ids_from(first_), pipeline.ids_from(first_ + p_days));
+        END LOOP;
+        INSERT INTO pipeline.partitions (first_day, last_day) VALUES (first_, first_ + p_days - 1);
+        first_ := first_ + p_days;
+        made := made + 1;
+    END LOOP;
+    RETURN made;
+EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
+    RETURN 0;
+END $$;
+
+-- Drop the partitions of days that are over and of which every execution is forgotten; returns how many.
+CREATE FUNCTION pipeline.drop_partitions() RETURNS int LANGUAGE plpgsql SET lock_timeout = '500ms' AS $$
+DECLARE
+    old record;
+    dropped int := 0;
+BEGIN
+    FOR old IN SELECT p.* FROM pipeline.partitions p WHERE p.last_day < pipeline.today() - 1 ORDER BY 1 FOR UPDATE LOOP
+        CONTINUE WHEN pipeline.in_use(old.first_day, old.last_day);
+        LOCK TABLE ONLY pipeline.workflow_states, pipeline.task_executions, pipeline.task_attempts, pipeline.join_counters
+            IN ACCESS EXCLUSIVE MODE;
+        CONTINUE WHEN pipeline.in_use(old.first_day, old.last_day);  -- by somebody whose clock is late
+        EXECUTE format('DROP TABLE pipeline.workflow_states_%1$s, pipeline.task_executions_%1$s, '
+                       'pipeline.task_attempts_%1$s, pipeline.join_counters_%1$s', to_hex(old.first_day));
+        DELETE FROM pipeline.partitions p WHERE p.first_day = old.first_day;
+        dropped := dropped + 1;
+    END LOOP;
+    RETURN dropped;
+EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
+    RETURN 0;
+END $$;
+
+CREATE FUNCTION pipeline.in_use(p_first int, p_last int) RETURNS boolean LANGUAGE sql VOLATILE AS
+$$ SELECT EXISTS (SELECT 1 FROM pipeline.workflow_executions e
+                   WHERE e.execution_id >= pipeline.ids_from(p_first) AND e.execution_id < pipeline.ids_from(p_last + 1)) $$;
+
+-- Delete ended executions with all that belongs to them; the caller has dealt with their artifacts. What lies in a
+-- partition of its days stays there, unseen, until that is dropped.
+CREATE OR REPLACE FUNCTION pipeline.forget_executions(p_executions text[]) RETURNS int LANGUAGE plpgsql AS $$
+DECLARE
+    gone text[];
+    lying text[];
+BEGIN
+    WITH deleted AS (
+        DELETE FROM pipeline.workflow_executions e
+         WHERE e.execution_id = ANY (p_executions) AND e.status IN ('success', 'failed', 'cancelled')
+        RETURNING e.execution_id)
+    SELECT coalesce(array_agg(d.execution_id), '{}') INTO gone FROM deleted d;
+    DELETE FROM pipeline.workflow_events t WHERE t.execution_id = ANY (gone);
+    lying := ARRAY(SELECT g FROM unnest(gone) g WHERE NOT EXISTS (
+        SELECT 1 FROM pipeline.partitions p
+         WHERE g COLLATE "C" >= pipeline.ids_from(p.first_day) AND g COLLATE "C" < pipeline.ids_from(p.last_day + 1)));
+    DELETE FROM pipeline.task_executions t WHERE t.execution_id = ANY (lying);
+    DELETE FROM pipeline.task_attempts t WHERE t.execution_id = ANY (lying);
+    DELETE FROM pipeline.join_counters t WHERE t.execution_id = ANY (lying);
+    DELETE FROM pipeline.workflow_states t WHERE t.execution_id = ANY (lying);
+    RETURN cardinality(gone);
+END $$;
