@@ -2,7 +2,7 @@
 
 Messages wait in the broker; a worker's main process fetches them, as many ahead as it has processes; a process of its pool
 runs the tasks of one, each with its calls to the database. Cores, the broker and main processes serve one thing after
-another, and completions of one join come one by one. Queues are first come, first served. What nobody has measured is
+another, and so do the counters of a join, of which a wide one has several. Queues are first come, first served. What nobody has measured is
 free: locks within Postgres but those of joins, and a network beyond its round trip.
 """
 
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from benchmarks.costs import Costs
+from pipeline.compiler import SLOTS, WIDE
 
 #: seconds from which on a task is given a message of its own
 _LONG = 0.02
@@ -58,6 +59,16 @@ class Load:
     duration: float = 0.0
     executions: int = 1
 
+    @property
+    def width(self) -> int:
+        """Tasks of the widest execution."""
+        return -(-self.tasks // self.executions)
+
+    @property
+    def slots(self) -> int:
+        """Counters that the join of an execution has."""
+        return SLOTS if self.width >= WIDE else 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class Steps:
@@ -71,7 +82,7 @@ class Steps:
     claim: float
     #: up to where it counts its join down
     complete: float
-    #: with the join held, and with the claim of the next task
+    #: with a counter of the join held, and with the claim of the next task
     hold: float
 
     @classmethod
@@ -83,8 +94,7 @@ class Steps:
         """
         together = 1
         if load.duration <= _LONG:
-            width = -(-load.tasks // load.executions)
-            together = min(round(costs.shared.tasks_per_message), max(_LEAST, -(-width // fleet.processes)))
+            together = min(round(costs.shared.tasks_per_message), max(_LEAST, -(-load.width // fleet.processes)))
         one, many = costs.single, costs.shared
         most = max(many.tasks_per_message, 1.000001)
         share = (1 - 1 / max(1, together)) / (1 - 1 / most)
@@ -123,7 +133,7 @@ def bounds(costs: Costs, fleet: Fleet, load: Load) -> dict[str, float]:
         "processes": (load.tasks * (steps.pool + load.duration) + database + trips) / fleet.processes,
         "worker main": load.tasks * steps.main / len(fleet.workers),
         "broker": load.tasks * steps.broker,
-        "a join": -(-load.tasks // load.executions) * steps.hold,
+        "a join": -(-load.width // load.slots) * steps.hold,
     }
     if fleet.together:
         return found | {"cores": (of_a_worker + database + load.tasks * steps.broker) / fleet.cores}
@@ -220,7 +230,7 @@ class Simulation:
         self._now, self._made = 0.0, 0
         self._events: list[tuple[float, int, Then]] = []
         self._broker = Station()
-        self._joins = [Station() for _ in range(load.executions)]
+        self._counters = [[Station() for _ in range(load.slots)] for _ in range(load.executions)]
         shared = Station(fleet.cores)
         self._database = shared if fleet.together else Station(fleet.database_cores)
         self._broker_machine = shared if fleet.together else Station()
@@ -304,7 +314,8 @@ class Simulation:
             yield self._load.duration, ()
             yield trip, ()
             yield steps.complete, (self._database,)
-            yield steps.hold, (self._joins[task % self._load.executions], self._database)
+            place, execution = divmod(task, self._load.executions)
+            yield steps.hold, (self._counters[execution][place % self._load.slots], self._database)
             self._spans.append(Span(task, process, began, self._now))
             began = self._now
 

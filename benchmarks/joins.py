@@ -1,8 +1,9 @@
-"""`python -m benchmarks.joins`: many connections complete tasks at once, of one wide join and of a join for each of them.
+"""`python -m benchmarks.joins`: many connections complete tasks at once, and what the counting of a join costs them.
 
-A join's counter is one row, which every completion of its tasks locks. What that costs is the ratio of the two, and no way
-of cutting the counter into slots could gain more. Connections call `complete_task` from within the server, one transaction
-each, so that nothing but Postgres is measured; each completion claims the next task besides, as workers have it do.
+Three ways: all tasks of one join that one counter counts, which is one row that every completion locks; of one join that
+slots count, as the compiler has it for wide headers; and a join for each connection, which is the most that slots could
+gain. Connections call `complete_task` from within the server, one transaction each, so that nothing but Postgres is
+measured; each completion claims the next task besides, as workers have it do.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import patch
 
 import psycopg
 
@@ -21,12 +23,13 @@ from benchmarks.race import Ratio
 from benchmarks.services import Ground
 from benchmarks.table import markdown, times
 from config.settings import Settings
-from pipeline import WorkflowDefinition
+from pipeline import WorkflowDefinition, compiler
 from pipeline.app import Installation
 from pipeline.result_store.migrations import upgrade
 
 #: connections that complete at the same time
 CONNECTIONS = (1, 8, 32)
+WAYS = ("one counter", "slots", "a join each")
 #: completions of a run, by all connections together
 COMPLETIONS = 9_600
 
@@ -64,16 +67,15 @@ class Fan:
         self._installation = Installation.open(Settings.model_validate(settings))
         self._worker = self._installation.store.start_worker(name="fan", pid=1, lease=3600, handlers=["debug.noop"])
 
-    def seconds(self, connections: int, *, one_join: bool) -> float:
-        """How long so many connections take for all completions: of one execution, or of one for each."""
+    def seconds(self, connections: int, way: str) -> float:
+        """How long so many connections take for all completions."""
+        one_join = way != WAYS[2]
         each = COMPLETIONS // connections
-        executions = (
-            [self._execution(COMPLETIONS)] * connections
-            if one_join
-            else [self._execution(each) for _ in range(connections)]
-        )
+        widths = [COMPLETIONS] if one_join else [each] * connections
+        executions = [self._execution(width, slots=way != WAYS[0]) for width in widths]
         work = []
-        for number, execution in enumerate(executions):
+        for number in range(connections):
+            execution = executions[number % len(executions)]
             first = number * each if one_join else 0
             claimed = self._installation.store.claim(
                 execution_id=execution, task_id=f"t{first}", epoch=0, worker_id=self._worker, handler="debug.noop"
@@ -91,11 +93,14 @@ class Fan:
             link.close()
         return taken
 
-    def _execution(self, width: int) -> str:
+    def _execution(self, width: int, *, slots: bool) -> str:
         tasks = [{"id": f"t{number}", "handler": "debug.noop"} for number in range(width)]
         join = {"id": "join", "handler": "debug.noop", "dependencies": [task["id"] for task in tasks]}
-        definition = WorkflowDefinition.model_validate({"id": f"fan{width}", "version": "1", "tasks": [*tasks, join]})
-        return self._installation.dispatcher.create(definition, {}).execution_id
+        definition = WorkflowDefinition.model_validate(
+            {"id": f"fan{width}{slots}", "version": "1", "tasks": [*tasks, join]}
+        )
+        with patch.object(compiler, "WIDE", compiler.WIDE if slots else sys.maxsize):
+            return self._installation.dispatcher.create(definition, {}).execution_id
 
     def close(self) -> None:
         """Let go of the connections."""
@@ -110,25 +115,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = []
     with Ground() as ground:
         fan = Fan(ground)
-        fan.seconds(8, one_join=True)
+        for way in WAYS:
+            fan.seconds(8, way)
         for connections in CONNECTIONS:
-            pairs = [
-                (fan.seconds(connections, one_join=True), fan.seconds(connections, one_join=False))
-                for _ in range(options.repeats)
-            ]
-            together, apart = (statistics.median(taken) for taken in zip(*pairs, strict=True))
-            ratios = [one / many for one, many in pairs]
-            ratio = Ratio(median=together / apart, least=min(ratios), greatest=max(ratios))
-            rows.append(
-                [f"{connections}", *(f"{COMPLETIONS / taken:,.0f}" for taken in (together, apart)), times(ratio)]
-            )
+            runs = [[fan.seconds(connections, way) for way in WAYS] for _ in range(options.repeats)]
+            medians = [statistics.median(taken) for taken in zip(*runs, strict=True)]
+            ratio = [one / slots for one, slots, _ in runs]
+            gain = Ratio(median=medians[0] / medians[1], least=min(ratio), greatest=max(ratio))
+            rows.append([f"{connections}", *(f"{COMPLETIONS / taken:,.0f}" for taken in medians), times(gain)])
         fan.close()
         about = describe(ground.server_versions(), ["ours"])
-    print(
-        markdown(
-            ["connections", "one join, tasks/s", "a join for each, tasks/s", "time, one join / a join for each"], rows
-        )
-    )
+    print(markdown(["connections", *(f"{way}, tasks/s" for way in WAYS), "slots / one counter"], rows))
     print(f"\n{line(about)}")
     return 0
 

@@ -23,6 +23,9 @@ from pipeline.graph import cycles
 
 #: name of the body of the chord that closes an execution
 END = "pipeline.end"
+#: tasks of a header from which on it is counted in slots, and how many: one counter would be one row, which every end of a
+#: task locks, and then many workers could not be faster than two
+WIDE, SLOTS = 65, 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +38,15 @@ class Header:
     tasks: tuple[str, ...]
     #: tasks that start once all of `tasks` succeeded; () at the end
     bodies: tuple[str, ...] = ()
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """How many of the tasks each slot counts, from slot 1 on; () where one counter does."""
+        return tuple(len(self.tasks[slot::SLOTS]) for slot in range(SLOTS)) if len(self.tasks) >= WIDE else ()
+
+    def slot(self, place: int) -> int:
+        """The slot that counts the task at this place; 0: the header's only counter. Neighbours have different ones."""
+        return 1 + place % SLOTS if len(self.tasks) >= WIDE else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +67,8 @@ class CompiledWorkflow:
     headers: tuple[Header, ...]
     #: numbers of the headers that each task stands in; only tasks that stand in some
     memberships: Mapping[str, tuple[int, ...]]
+    #: of these headers, the slot that counts it there; only tasks that a slot counts
+    slots: Mapping[str, tuple[int, ...]]
     #: Celery task name of each task
     handlers: Mapping[str, str] = field(repr=False)
 
@@ -215,9 +229,11 @@ def compile_workflow(definition: WorkflowDefinition) -> CompiledWorkflow:
         if len(tasks) > 1:
             headers.append(Header(number=len(headers), tasks=tasks, bodies=tuple(waiting)))
     memberships: dict[str, list[int]] = {}
+    slots: dict[str, list[int]] = {}
     for header in headers:
-        for task_id in header.tasks:
+        for n, task_id in enumerate(header.tasks):
             memberships.setdefault(task_id, []).append(header.number)
+            slots.setdefault(task_id, []).append(header.slot(n))
     return CompiledWorkflow(
         digest=definition.digest,
         order=order,
@@ -226,6 +242,7 @@ def compile_workflow(definition: WorkflowDefinition) -> CompiledWorkflow:
         releases={tasks[0]: tuple(waiting) for tasks, waiting in bodies.items() if len(tasks) == 1},
         headers=tuple(headers),
         memberships={task_id: tuple(numbers) for task_id, numbers in memberships.items()},
+        slots={task_id: tuple(found) for task_id, found in slots.items() if any(found)},
         handlers={task.id: task.handler or f"pipeline.{task.type}" for task in definition.tasks},
     )
 

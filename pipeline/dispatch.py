@@ -65,7 +65,7 @@ class Dispatcher:
         return (store or self.store).register(
             workflow_id=definition.id, version=definition.version, digest=definition.digest,
             definition=definition.to_json(), tasks=plan_tasks(definition, compiled),
-            headers=[{"number": h.number, "tasks": h.tasks, "bodies": h.bodies} for h in compiled.headers],
+            headers=[{"number": h.number, "tasks": h.tasks, "bodies": h.bodies, "slots": h.slots} for h in compiled.headers],
         )  # fmt: skip
 
     def create(
@@ -208,6 +208,8 @@ def _plan_of(task: TaskDefinition, number: int, compiled: CompiledWorkflow) -> d
         plan["releases"] = compiled.releases[task.id]
     if task.id in compiled.memberships:
         plan["headers"] = compiled.memberships[task.id]
+    if task.id in compiled.slots:
+        plan["slots"] = compiled.slots[task.id]
     if task.params:
         plan["params"] = to_jsonable_python(task.params, inf_nan_mode="constants")
     if task.retry_policy != _RETRIES:

@@ -12,15 +12,16 @@ ON CONFLICT (workflow_id, version) DO NOTHING RETURNING definition_id
 WITH plan AS (
     INSERT INTO pipeline.workflow_tasks
         (definition_id, task_id, number, handler, timeout, dependencies, waits_for, releases, headers, params,
-         retry_policy)
+         retry_policy, slots)
     SELECT %(definition_id)s, t.task_id, t.number, t.handler, t.timeout, coalesce(t.dependencies, '{}'),
            coalesce(t.waits_for, t.dependencies, '{}'), coalesce(t.releases, '{}'), coalesce(t.headers, '{}'), t.params,
-           t.retry_policy
+           t.retry_policy, t.slots
       FROM json_to_recordset(%(tasks)s) AS t (
         task_id text, number int, handler text, timeout double precision,
-        dependencies text[], waits_for text[], releases text[], headers int[], params json, retry_policy json))
-INSERT INTO pipeline.workflow_headers (definition_id, number, tasks, bodies)
-SELECT %(definition_id)s, h.* FROM json_to_recordset(%(headers)s) AS h (number int, tasks text[], bodies text[])
+        dependencies text[], waits_for text[], releases text[], headers int[], params json, retry_policy json,
+        slots int[]))
+INSERT INTO pipeline.workflow_headers (definition_id, number, tasks, bodies, slots)
+SELECT %(definition_id)s, h.* FROM json_to_recordset(%(headers)s) AS h (number int, tasks text[], bodies text[], slots int[])
 
 -- definition_digest --
 -- What is registered under an id and version.

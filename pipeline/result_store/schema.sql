@@ -53,6 +53,7 @@ CREATE TABLE pipeline.workflow_tasks (
     headers        int[] NOT NULL,         -- headers that this task stands in
     params         json,                   -- json keeps their order; NULL: none
     retry_policy   json,                   -- NULL: the default
+    slots          int[],                  -- of each of its headers, the slot that counts it; NULL: none does
     PRIMARY KEY (definition_id, task_id)
 );
 
@@ -61,6 +62,7 @@ CREATE TABLE pipeline.workflow_headers (
     number         int NOT NULL,           -- 0: the end of the workflow
     tasks          text[] NOT NULL,
     bodies         text[] NOT NULL,        -- tasks that start when all of the header succeeded
+    slots          int[] NOT NULL DEFAULT '{}',  -- how many tasks each slot counts, from 1 on; empty: one counter does
     PRIMARY KEY (definition_id, number)
 );
 
@@ -162,12 +164,15 @@ CREATE TABLE pipeline.task_attempts (
 ) PARTITION BY RANGE (execution_id);
 CREATE TABLE pipeline.task_attempts_default PARTITION OF pipeline.task_attempts DEFAULT;
 
+-- What a header waits for. Slot 0 counts its open tasks; those of a wide header are counted in further slots, and slot 0
+-- counts the slots that are not down yet, for a row that each end of a task locks would hold many workers up.
 -- Only the key is indexed, so that every decrement is a HOT update.
 CREATE TABLE pipeline.join_counters (
     execution_id  text COLLATE "C" NOT NULL,
     number        int NOT NULL,
     remaining     int NOT NULL CHECK (remaining >= 0),
-    PRIMARY KEY (execution_id, number)
+    slot          int NOT NULL DEFAULT 0,
+    PRIMARY KEY (execution_id, number, slot)
 ) PARTITION BY RANGE (execution_id);
 CREATE TABLE pipeline.join_counters_default PARTITION OF pipeline.join_counters DEFAULT
     WITH (fillfactor = 40, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500,
@@ -298,11 +303,33 @@ BEGIN
           FROM planned t)
     SELECT array_agg((p_execution, t.task_id, 0, t.handler, t.timeout, t.led_by)::pipeline.ready_task ORDER BY t.number)
       INTO ready FROM planned t WHERE t.is_ready;
-    INSERT INTO pipeline.join_counters (execution_id, number, remaining)
-        SELECT p_execution, h.number, cardinality(h.tasks)
-          FROM pipeline.workflow_headers h WHERE h.definition_id = p_definition;
+    INSERT INTO pipeline.join_counters (execution_id, number, slot, remaining)
+        SELECT p_execution, h.number, s.slot, s.remaining
+          FROM pipeline.workflow_headers h, LATERAL (
+            SELECT 0 AS slot, CASE h.slots WHEN '{}' THEN cardinality(h.tasks) ELSE cardinality(h.slots) END AS remaining
+            UNION ALL
+            SELECT n.slot, n.tasks FROM unnest(h.slots) WITH ORDINALITY n (tasks, slot)) s
+         WHERE h.definition_id = p_definition;
     RETURN QUERY SELECT true, p_execution, true, ready;
 END $$;
+
+-- Where the tasks of a plan are counted.
+CREATE FUNCTION pipeline.places_of(p_definition bigint) RETURNS TABLE (task_id text, number int, slot int) LANGUAGE sql STABLE AS
+$$ SELECT w.task_id, n.number, coalesce(w.slots[n.place], 0)
+     FROM pipeline.workflow_tasks w, unnest(w.headers) WITH ORDINALITY n (number, place)
+    WHERE w.definition_id = p_definition $$;
+
+-- What the counters of an execution should be, by the rows of its tasks, where these states count as done.
+CREATE FUNCTION pipeline.open_places(p_execution text, p_definition bigint, p_done text[])
+RETURNS TABLE (number int, slot int, remaining bigint) LANGUAGE sql STABLE AS $$
+    WITH open AS (
+        SELECT p.number, p.slot, count(*) FILTER (WHERE t.status <> ALL (p_done)) AS remaining
+          FROM pipeline.places_of(p_definition) p
+          JOIN pipeline.task_executions t ON t.execution_id = p_execution AND t.task_id = p.task_id GROUP BY 1, 2)
+    SELECT * FROM open
+    UNION ALL
+    SELECT o.number, 0, count(*) FILTER (WHERE o.remaining > 0) FROM open o WHERE o.slot > 0 GROUP BY 1
+$$;
 
 -- Give a task of an open execution to a worker's incarnation, or return NULL. With p_epoch, one whose message says so;
 -- without, one that its predecessor has just released. The caller holds the execution's lock.
@@ -385,7 +412,6 @@ CREATE FUNCTION pipeline.complete_task(
 DECLARE
     x record;
     plan record;
-    number_ int;
     remaining_ int;
     released text[];
     ended boolean := false;
@@ -415,16 +441,22 @@ BEGIN
         END IF;
         RETURN;
     END IF;
-    SELECT w.releases, w.headers INTO plan
+    SELECT w.releases, w.headers, w.slots INTO plan
       FROM pipeline.workflow_tasks w WHERE w.definition_id = x.definition_id AND w.task_id = p_task;
     released := plan.releases;
-    FOREACH number_ IN ARRAY plan.headers LOOP  -- ascending: the lock order of counters
+    FOR n IN 1 .. cardinality(plan.headers) LOOP  -- ascending: the lock order of counters
         UPDATE pipeline.join_counters c SET remaining = c.remaining - 1
-         WHERE c.execution_id = p_execution AND c.number = number_ RETURNING c.remaining INTO remaining_;
+         WHERE c.execution_id = p_execution AND c.number = plan.headers[n] AND c.slot = coalesce(plan.slots[n], 0)
+        RETURNING c.remaining INTO remaining_;
+        IF remaining_ = 0 AND plan.slots[n] > 0 THEN
+            UPDATE pipeline.join_counters c SET remaining = c.remaining - 1
+             WHERE c.execution_id = p_execution AND c.number = plan.headers[n] AND c.slot = 0
+            RETURNING c.remaining INTO remaining_;
+        END IF;
         IF remaining_ = 0 THEN
-            ended := ended OR number_ = 0;
+            ended := ended OR plan.headers[n] = 0;
             released := released || (SELECT h.bodies FROM pipeline.workflow_headers h
-                                      WHERE h.definition_id = x.definition_id AND h.number = number_);
+                                      WHERE h.definition_id = x.definition_id AND h.number = plan.headers[n]);
         END IF;
     END LOOP;
     IF released <> '{}' THEN
@@ -642,12 +674,19 @@ DECLARE
 BEGIN
     WHILE ended || passed <> '{}' LOOP
         WITH hit AS MATERIALIZED (
-            SELECT n AS number, count(*) AS times FROM pipeline.workflow_tasks w, unnest(w.headers) n
-             WHERE w.definition_id = p_definition AND w.task_id = ANY (ended) GROUP BY n
+            SELECT p.number, p.slot, count(*) AS times FROM pipeline.places_of(p_definition) p
+             WHERE p.task_id = ANY (ended) GROUP BY 1, 2
         ), counted AS (
             UPDATE pipeline.join_counters c SET remaining = c.remaining - h.times FROM hit h
-             WHERE c.execution_id = p_execution AND c.number = h.number RETURNING c.number, c.remaining)
-        SELECT coalesce(array_agg(c.number), '{}') INTO zero FROM counted c WHERE c.remaining = 0;
+             WHERE c.execution_id = p_execution AND c.number = h.number AND c.slot = h.slot
+            RETURNING c.number, c.slot, c.remaining
+        ), slots AS (  -- other rows: where there are slots, no task is counted in slot 0
+            UPDATE pipeline.join_counters c SET remaining = c.remaining - d.times
+              FROM (SELECT o.number, count(*) AS times FROM counted o WHERE o.slot > 0 AND o.remaining = 0 GROUP BY 1) d
+             WHERE c.execution_id = p_execution AND c.number = d.number AND c.slot = 0
+            RETURNING c.number, c.slot, c.remaining)
+        SELECT coalesce(array_agg(c.number), '{}') INTO zero
+          FROM (SELECT * FROM counted UNION ALL SELECT * FROM slots) c WHERE c.slot = 0 AND c.remaining = 0;
         over := over OR 0 = ANY (zero) OR EXISTS (
             SELECT 1 FROM pipeline.workflow_tasks w
              WHERE w.definition_id = p_definition AND w.task_id = ANY (passed) AND 0 = ANY (w.headers));
@@ -829,11 +868,9 @@ BEGIN
            error_type = NULL, error_message = NULL, error_traceback = NULL,
            params = CASE WHEN t.task_id = p_from THEN coalesce(p_params, t.params) ELSE t.params END
      WHERE t.execution_id = p_execution AND t.task_id = ANY (reset);
-    UPDATE pipeline.join_counters c
-       SET remaining = (SELECT count(*) FROM pipeline.task_executions t
-                         WHERE t.execution_id = p_execution AND t.task_id = ANY (h.tasks) AND t.status <> 'success')
-      FROM pipeline.workflow_headers h
-     WHERE c.execution_id = p_execution AND h.definition_id = x.definition_id AND h.number = c.number;
+    UPDATE pipeline.join_counters c SET remaining = o.remaining
+      FROM pipeline.open_places(p_execution, x.definition_id, '{success}') o
+     WHERE c.execution_id = p_execution AND c.number = o.number AND c.slot = o.slot;
     UPDATE pipeline.task_executions t SET due_at = pipeline.clock(), ready_at = pipeline.clock()
       FROM pipeline.workflow_tasks w
      WHERE t.execution_id = p_execution AND w.definition_id = x.definition_id AND w.task_id = t.task_id
@@ -1066,14 +1103,13 @@ CREATE FUNCTION pipeline.audit() RETURNS TABLE (violation text, execution_id tex
     SELECT 'waits for a retry that never comes', t.execution_id, t.task_id FROM task t
      WHERE t.status = 'retry' AND t.due_at IS NULL
     UNION ALL
-    SELECT 'counter differs from its open tasks', c.execution_id, c.number::text
-      FROM pipeline.join_counters c
-      JOIN pipeline.workflow_executions e USING (execution_id)
-      JOIN pipeline.workflow_headers h ON h.definition_id = e.definition_id AND h.number = c.number
+    SELECT 'counter differs from its open tasks', e.execution_id, format('%s.%s', o.number, o.slot)
+      FROM pipeline.workflow_executions e,
+           LATERAL pipeline.open_places(e.execution_id, e.definition_id, '{success,skipped}') o
      WHERE e.verdict IS NULL AND e.status IN ('pending', 'running', 'retry')
-       AND c.remaining <> (SELECT count(*) FROM pipeline.task_executions t
-                            WHERE t.execution_id = c.execution_id AND t.task_id = ANY (h.tasks)
-                              AND t.status NOT IN ('success', 'skipped'))
+       AND NOT EXISTS (SELECT 1 FROM pipeline.join_counters c
+                        WHERE c.execution_id = e.execution_id AND c.number = o.number AND c.slot = o.slot
+                          AND c.remaining = o.remaining)
     UNION ALL
     SELECT 'open task in an ended execution', t.execution_id, t.task_id FROM task t
      WHERE t.execution_status IN ('success', 'failed', 'cancelled') AND t.status IN ('pending', 'running', 'retry')

@@ -143,9 +143,10 @@ class Driver:
             return self.store.get_execution(execution).error_message
         return {t.task_id: t.error_message for t in self.store.get_tasks(execution)}[task]
 
-    def counters(self, execution: str) -> dict[int, int]:
-        """What each header still waits for."""
-        return dict(self.sql("SELECT number, remaining FROM pipeline.join_counters WHERE execution_id = %s", execution))
+    def counters(self, execution: str) -> dict[tuple[int, int], int]:
+        """What each header and each of its slots still waits for."""
+        found = self.sql("SELECT number, slot, remaining FROM pipeline.join_counters WHERE execution_id = %s", execution)
+        return {(number, slot): remaining for number, slot, remaining in found}
 
     def mark(self, execution: str, task: str, status: str) -> bool:
         """Decide a task by hand; whether that was possible."""

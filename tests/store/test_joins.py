@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 
+from pipeline.compiler import SLOTS, WIDE
 from tests.store.conftest import Driver, released
 
 DIAMOND = {"a": "", "b": "a", "c": "a", "d": "b c"}
@@ -61,6 +62,46 @@ def test_join_of_three_hundred_is_released_once(drive: Driver) -> None:
     order = random.Random(7).sample(range(300), 300)
     releases = [drive.complete(execution, f"a{n}") for n in order]
     assert releases == [[]] * 299 + [["end"]]
+
+
+@pytest.mark.parametrize("careful", [False, True])
+def test_join_in_slots_counts_completions_skips_and_marks_and_is_released_once(drive: Driver, *, careful: bool) -> None:
+    names = [f"a{n}" for n in range(WIDE)]
+    execution = drive.start({**dict.fromkeys([*names, "alone"], ""), "end": " ".join(names)})
+    if careful:  # from here on, every end takes the careful path
+        drive.end(execution, "alone", "skipped")
+    for name in names[:-1]:
+        assert drive.complete(execution, name) == []
+    open_slot = 1 + (WIDE - 1) % SLOTS
+    (header,) = {number for number, slot in drive.counters(execution) if slot}
+    found = {slot: left for (number, slot), left in drive.counters(execution).items() if number == header and left}
+    assert found == {0: 1, open_slot: 1}
+    assert drive.complete(execution, names[-1]) == ["end"]
+    drive.drain(execution)
+    assert drive.status(execution) == "success"
+
+
+def test_rerun_of_a_task_in_a_slot_counts_it_again_and_no_other(drive: Driver) -> None:
+    names = [f"a{n}" for n in range(WIDE)]
+    execution = drive.start({**dict.fromkeys(names, ""), "end": " ".join(names)})
+    drive.drain(execution)
+    drive.store.reopen_execution(execution, None, task_id="a2")
+    counted = {place: left for place, left in drive.counters(execution).items() if left}
+    assert counted == {(0, 0): 1, (1, 0): 1, (1, 3): 1}
+    assert drive.drain(execution) == ["a2", "end"]
+    assert drive.status(execution) == "success"
+
+
+def test_wide_join_of_a_definition_from_before_there_were_slots_is_counted_by_one_counter(drive: Driver) -> None:
+    names = [f"a{n}" for n in range(WIDE)]
+    definition = drive.define({**dict.fromkeys(names, ""), "end": " ".join(names)})
+    key = drive.dispatcher.register(definition)
+    drive.sql("UPDATE pipeline.workflow_tasks SET slots = NULL WHERE definition_id = %s", key)
+    drive.sql("UPDATE pipeline.workflow_headers SET slots = '{}' WHERE definition_id = %s", key)
+    execution = drive.dispatcher.create(definition, {}).execution_id
+    assert drive.counters(execution) == {(0, 0): 1, (1, 0): WIDE}
+    assert drive.drain(execution)[-1] == "end"
+    assert drive.status(execution) == "success"
 
 
 @pytest.mark.parametrize("seed", range(3))

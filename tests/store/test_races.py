@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import psycopg
 import pytest
 
+from pipeline.compiler import WIDE
 from pipeline.result_store.rows import Fence
 from pipeline.result_store.store import ResultStore
 from tests.store.conftest import Driver
@@ -204,6 +205,25 @@ def test_loss_meets_a_completion_and_is_stale(arena: Arena) -> None:
     _, second = arena.meet(lambda store: store.complete(fence, 1), lambda store: store.end(fence, "lost"))
     assert second.outcome == "stale"
     assert arena.drive.status(execution) == "success"
+
+
+def test_completions_of_neighbours_in_a_wide_join_do_not_wait_for_each_other(arena: Arena) -> None:
+    names = [f"a{n}" for n in range(WIDE)]
+    execution = arena.drive.start({**dict.fromkeys(names, ""), "end": " ".join(names)})
+    fences = [arena.drive.must_claim(execution, name) for name in names[:2]]
+    arena.meet(lambda store: store.complete(fences[0], 1), lambda store: store.complete(fences[1], 1), waits=False)
+    assert arena.drive.drain(execution)[-1] == "end"
+
+
+def test_last_completions_of_two_slots_wait_for_each_other_and_release_once(arena: Arena) -> None:
+    names = [f"a{n}" for n in range(WIDE)]
+    execution = arena.drive.start({**dict.fromkeys(names, ""), "end": " ".join(names)})
+    for name in names[2:]:
+        arena.drive.complete(execution, name)
+    fences = [arena.drive.must_claim(execution, name) for name in names[:2]]
+    first, second = arena.meet(lambda store: store.complete(fences[0], 1), lambda store: store.complete(fences[1], 1))
+    assert [[task.task_id for task in ended.ready] for ended in (first, second)] == [[], ["end"]]
+    assert arena.drive.drain(execution) == ["end"]
 
 
 def creator(drive: Driver, key: int, execution: str, digest: str = "d") -> Callable[[ResultStore], Any]:

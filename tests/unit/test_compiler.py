@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import pairwise, product
 
@@ -13,7 +14,7 @@ from celery.canvas import Signature
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.compiler import END, CompiledWorkflow, compile_workflow
+from pipeline.compiler import END, SLOTS, WIDE, CompiledWorkflow, compile_workflow
 from pipeline.definition import TaskDefinition, WorkflowDefinition
 from pipeline.errors import DefinitionError, NotSeriesParallel, PipelineError
 
@@ -271,6 +272,32 @@ def test_compile_long_chain_and_long_circle_do_not_recurse() -> None:
     assert compile_workflow(define(dict(reversed(chain.items())))).order == tuple(chain)
     with pytest.raises(DefinitionError):
         compile_workflow(define(chain | {"t0": ["t4999"]}))
+
+
+@pytest.mark.parametrize("width", [2, 64, 65, 100, 1000])
+def test_compile_counts_a_wide_header_in_slots_of_which_neighbours_share_none(width: int) -> None:
+    graph = {f"t{n}": list[str]() for n in range(width)}
+    compiled = compile_workflow(define({**graph, "end": list(graph)}))
+    _, join = compiled.headers
+    found = [compiled.slots.get(task) for task in join.tasks]
+    if width < WIDE:
+        assert (join.slots, set(found)) == ((), {None})
+        return
+    assert len(join.slots) == SLOTS
+    assert Counter(found) == {(slot,): tasks for slot, tasks in enumerate(join.slots, start=1)}
+    assert sum(join.slots) == width
+    assert all(mine != next_ for mine, next_ in pairwise(found))
+    assert "end" not in compiled.slots
+
+
+def test_compile_gives_the_slot_of_each_header_that_a_task_stands_in() -> None:
+    wide = [f"t{n}" for n in range(WIDE)]
+    compiled = compile_workflow(define({**{t: [] for t in wide}, "narrow": wide[:2], "wide": wide}))
+    numbers = {len(header.tasks): header.number for header in compiled.headers if header.number}
+    place = compiled.memberships["t1"].index(numbers[WIDE])
+    assert compiled.slots["t1"][place] == 2
+    assert compiled.slots["t1"][1 - place] == 0
+    assert compiled.memberships["t2"] == (numbers[WIDE],)
 
 
 def test_compile_layers_all_to_all_costs_one_header_each() -> None:

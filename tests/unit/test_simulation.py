@@ -94,7 +94,7 @@ def test_no_load_takes_longer_than_one_thing_after_the_other(costs: Costs, fleet
         (Fleet(processes=4), Load(tasks=400, duration=1.0, executions=10), "processes"),
         (Fleet(processes=8, cores=1), Load(tasks=2000, executions=10), "cores of workers"),
         (Fleet(processes=200, database_cores=1), Load(tasks=4000, executions=100), "database"),
-        (Fleet(processes=200), Load(tasks=4000, executions=1), "a join"),
+        (Fleet(processes=400, database_cores=64), Load(tasks=8000, executions=1), "a join"),
         (Fleet(processes=200, per_worker=200, cores=200), Load(tasks=4000, duration=0.03, executions=100), "worker main"),
         (Fleet(processes=8, cores=2, together=True), Load(tasks=2000, executions=10), "cores"),
     ],

@@ -1,6 +1,9 @@
--- The bulk of executions in partitions by day, and claims that bring all that is declared of their task.
+-- The bulk of executions in partitions by day, claims that bring all that is declared of their task, and slots for the
+-- counters of wide headers (of definitions that are registered from now on).
 
-ALTER TABLE pipeline.workflow_tasks ADD COLUMN params json, ADD COLUMN retry_policy json;
+ALTER TABLE pipeline.workflow_tasks ADD COLUMN params json, ADD COLUMN retry_policy json, ADD COLUMN slots int[];
+ALTER TABLE pipeline.workflow_headers ADD COLUMN slots int[] NOT NULL DEFAULT '{}';
+ALTER TABLE pipeline.join_counters ADD COLUMN slot int NOT NULL DEFAULT 0;
 UPDATE pipeline.workflow_tasks w SET params = t.declared -> 'params', retry_policy = t.declared -> 'retry_policy'
   FROM (SELECT d.definition_id, e.value AS declared
           FROM pipeline.workflow_definitions d, json_array_elements(d.definition -> 'tasks') e) t
@@ -38,10 +41,11 @@ ALTER TABLE pipeline.task_attempts ADD PRIMARY KEY (execution_id, task_id, epoch
 ALTER TABLE pipeline.task_attempts ATTACH PARTITION pipeline.task_attempts_default DEFAULT;
 
 ALTER TABLE pipeline.join_counters RENAME TO join_counters_default;
-ALTER INDEX pipeline.join_counters_pkey RENAME TO join_counters_default_pkey;
+ALTER TABLE pipeline.join_counters_default DROP CONSTRAINT join_counters_pkey,
+    ADD CONSTRAINT join_counters_default_pkey PRIMARY KEY (execution_id, number, slot);
 CREATE TABLE pipeline.join_counters (LIKE pipeline.join_counters_default INCLUDING ALL EXCLUDING INDEXES)
     PARTITION BY RANGE (execution_id);
-ALTER TABLE pipeline.join_counters ADD PRIMARY KEY (execution_id, number);
+ALTER TABLE pipeline.join_counters ADD PRIMARY KEY (execution_id, number, slot);
 ALTER TABLE pipeline.join_counters ATTACH PARTITION pipeline.join_counters_default DEFAULT;
 
 DROP FUNCTION pipeline.start_task(text, bigint, text, int, bigint, text, double precision, interval);
@@ -96,11 +100,33 @@ BEGIN
           FROM planned t)
     SELECT array_agg((p_execution, t.task_id, 0, t.handler, t.timeout, t.led_by)::pipeline.ready_task ORDER BY t.number)
       INTO ready FROM planned t WHERE t.is_ready;
-    INSERT INTO pipeline.join_counters (execution_id, number, remaining)
-        SELECT p_execution, h.number, cardinality(h.tasks)
-          FROM pipeline.workflow_headers h WHERE h.definition_id = p_definition;
+    INSERT INTO pipeline.join_counters (execution_id, number, slot, remaining)
+        SELECT p_execution, h.number, s.slot, s.remaining
+          FROM pipeline.workflow_headers h, LATERAL (
+            SELECT 0 AS slot, CASE h.slots WHEN '{}' THEN cardinality(h.tasks) ELSE cardinality(h.slots) END AS remaining
+            UNION ALL
+            SELECT n.slot, n.tasks FROM unnest(h.slots) WITH ORDINALITY n (tasks, slot)) s
+         WHERE h.definition_id = p_definition;
     RETURN QUERY SELECT true, p_execution, true, ready;
 END $$;
+
+-- Where the tasks of a plan are counted.
+CREATE FUNCTION pipeline.places_of(p_definition bigint) RETURNS TABLE (task_id text, number int, slot int) LANGUAGE sql STABLE AS
+$$ SELECT w.task_id, n.number, coalesce(w.slots[n.place], 0)
+     FROM pipeline.workflow_tasks w, unnest(w.headers) WITH ORDINALITY n (number, place)
+    WHERE w.definition_id = p_definition $$;
+
+-- What the counters of an execution should be, by the rows of its tasks, where these states count as done.
+CREATE FUNCTION pipeline.open_places(p_execution text, p_definition bigint, p_done text[])
+RETURNS TABLE (number int, slot int, remaining bigint) LANGUAGE sql STABLE AS $$
+    WITH open AS (
+        SELECT p.number, p.slot, count(*) FILTER (WHERE t.status <> ALL (p_done)) AS remaining
+          FROM pipeline.places_of(p_definition) p
+          JOIN pipeline.task_executions t ON t.execution_id = p_execution AND t.task_id = p.task_id GROUP BY 1, 2)
+    SELECT * FROM open
+    UNION ALL
+    SELECT o.number, 0, count(*) FILTER (WHERE o.remaining > 0) FROM open o WHERE o.slot > 0 GROUP BY 1
+$$;
 
 -- Give a task of an open execution to a worker's incarnation, or return NULL. With p_epoch, one whose message says so;
 -- without, one that its predecessor has just released. The caller holds the execution's lock.
@@ -183,7 +209,6 @@ CREATE FUNCTION pipeline.complete_task(
 DECLARE
     x record;
     plan record;
-    number_ int;
     remaining_ int;
     released text[];
     ended boolean := false;
@@ -213,16 +238,22 @@ BEGIN
         END IF;
         RETURN;
     END IF;
-    SELECT w.releases, w.headers INTO plan
+    SELECT w.releases, w.headers, w.slots INTO plan
       FROM pipeline.workflow_tasks w WHERE w.definition_id = x.definition_id AND w.task_id = p_task;
     released := plan.releases;
-    FOREACH number_ IN ARRAY plan.headers LOOP  -- ascending: the lock order of counters
+    FOR n IN 1 .. cardinality(plan.headers) LOOP  -- ascending: the lock order of counters
         UPDATE pipeline.join_counters c SET remaining = c.remaining - 1
-         WHERE c.execution_id = p_execution AND c.number = number_ RETURNING c.remaining INTO remaining_;
+         WHERE c.execution_id = p_execution AND c.number = plan.headers[n] AND c.slot = coalesce(plan.slots[n], 0)
+        RETURNING c.remaining INTO remaining_;
+        IF remaining_ = 0 AND plan.slots[n] > 0 THEN
+            UPDATE pipeline.join_counters c SET remaining = c.remaining - 1
+             WHERE c.execution_id = p_execution AND c.number = plan.headers[n] AND c.slot = 0
+            RETURNING c.remaining INTO remaining_;
+        END IF;
         IF remaining_ = 0 THEN
-            ended := ended OR number_ = 0;
+            ended := ended OR plan.headers[n] = 0;
             released := released || (SELECT h.bodies FROM pipeline.workflow_headers h
-                                      WHERE h.definition_id = x.definition_id AND h.number = number_);
+                                      WHERE h.definition_id = x.definition_id AND h.number = plan.headers[n]);
         END IF;
     END LOOP;
     IF released <> '{}' THEN
@@ -274,6 +305,70 @@ BEGIN
     RETURN ready;
 END $$;
 
+-- Release what waited for a task that ended well or was skipped, wave by wave. A task with a skipped dependency is
+-- skipped when its turn comes, and releases in turn; so does, uncounted, one that succeeded in an earlier run behind a
+-- task that was skipped then. The caller holds the execution's lock exclusively.
+CREATE OR REPLACE FUNCTION pipeline.release(p_execution text, p_definition bigint, p_task text, p_grace interval)
+RETURNS pipeline.ready_task[] LANGUAGE plpgsql AS $$
+DECLARE
+    ended text[] := ARRAY[p_task];
+    passed text[] := '{}';
+    zero int[];
+    candidates text[];
+    barred text[];
+    causes text[];
+    runnable text[] := '{}';
+    over boolean := false;
+BEGIN
+    WHILE ended || passed <> '{}' LOOP
+        WITH hit AS MATERIALIZED (
+            SELECT p.number, p.slot, count(*) AS times FROM pipeline.places_of(p_definition) p
+             WHERE p.task_id = ANY (ended) GROUP BY 1, 2
+        ), counted AS (
+            UPDATE pipeline.join_counters c SET remaining = c.remaining - h.times FROM hit h
+             WHERE c.execution_id = p_execution AND c.number = h.number AND c.slot = h.slot
+            RETURNING c.number, c.slot, c.remaining
+        ), slots AS (  -- other rows: where there are slots, no task is counted in slot 0
+            UPDATE pipeline.join_counters c SET remaining = c.remaining - d.times
+              FROM (SELECT o.number, count(*) AS times FROM counted o WHERE o.slot > 0 AND o.remaining = 0 GROUP BY 1) d
+             WHERE c.execution_id = p_execution AND c.number = d.number AND c.slot = 0
+            RETURNING c.number, c.slot, c.remaining)
+        SELECT coalesce(array_agg(c.number), '{}') INTO zero
+          FROM (SELECT * FROM counted UNION ALL SELECT * FROM slots) c WHERE c.slot = 0 AND c.remaining = 0;
+        over := over OR 0 = ANY (zero) OR EXISTS (
+            SELECT 1 FROM pipeline.workflow_tasks w
+             WHERE w.definition_id = p_definition AND w.task_id = ANY (passed) AND 0 = ANY (w.headers));
+        candidates := ARRAY(
+            SELECT r FROM pipeline.workflow_tasks w, unnest(w.releases) r
+             WHERE w.definition_id = p_definition AND w.task_id = ANY (ended || passed)
+            UNION ALL
+            SELECT b FROM pipeline.workflow_headers h, unnest(h.bodies) b
+             WHERE h.definition_id = p_definition AND h.number = ANY (zero));
+        SELECT array_agg(b.task_id), array_agg(b.because) INTO barred, causes
+          FROM (SELECT w.task_id, min(s.task_id) AS because
+                  FROM pipeline.workflow_tasks w, unnest(w.dependencies) n, LATERAL (
+                    SELECT d.task_id FROM pipeline.task_executions d
+                     WHERE d.execution_id = p_execution AND d.task_id = n AND d.status = 'skipped'
+                    OFFSET 0) s  -- one look-up each, whatever the planner thinks of the size of executions
+                 WHERE w.definition_id = p_definition AND w.task_id = ANY (candidates) GROUP BY w.task_id) b;
+        WITH moved AS (
+            UPDATE pipeline.task_executions t
+               SET status = 'skipped', finished_at = pipeline.clock(),
+                   error_message = format('dependency %s was skipped', causes[array_position(barred, t.task_id)])
+             WHERE t.execution_id = p_execution AND t.task_id = ANY (barred) AND t.status = 'pending'
+            RETURNING t.task_id)
+        SELECT coalesce(array_agg(m.task_id), '{}') INTO ended FROM moved m;
+        SELECT coalesce(array_agg(t.task_id) FILTER (WHERE t.status = 'success'), '{}'),
+               runnable || coalesce(array_agg(t.task_id) FILTER (WHERE t.status = 'pending'), '{}')
+          INTO passed, runnable
+          FROM pipeline.task_executions t WHERE t.execution_id = p_execution AND t.task_id = ANY (candidates);
+    END LOOP;
+    IF over THEN
+        PERFORM pipeline.close_execution(p_execution, 'success');
+    END IF;
+    RETURN pipeline.make_ready(p_execution, p_definition, runnable, p_grace);
+END $$;
+
 -- Tasks whose message is due, pushed ahead so that the next look is later each time; what is paused is parked instead.
 -- The second statement sees what was committed before the first had its locks: a pause or resume is never missed.
 -- With `p_first_only`, tasks that were published before are left to the messages that the broker still holds. A task that
@@ -320,6 +415,75 @@ BEGIN
         SELECT p.execution_id, p.task_id, p.epoch, p.handler, w.timeout, NULL::text
           FROM pushed p JOIN pipeline.workflow_tasks w ON w.definition_id = p.definition_id AND w.task_id = p.task_id
          WHERE NOT p.paused ORDER BY p.execution_id, w.number;
+END $$;
+
+-- Open an ended execution again. With p_from NULL, from what did not succeed (a failed or cancelled one); else from that
+-- task with everything downstream of it, and what did not succeed besides. What else succeeded is kept.
+-- Counters are computed from the rows, never patched. Where tasks run one after another, some may have succeeded behind
+-- one that starts afresh: then only the first open task may start, and completions pass over what succeeded.
+CREATE OR REPLACE FUNCTION pipeline.reopen_execution(p_execution text, p_user text, p_from text, p_params jsonb)
+RETURNS text LANGUAGE plpgsql AS $$
+DECLARE
+    x record;
+    reset text[];
+BEGIN
+    PERFORM pg_advisory_xact_lock(pipeline.lock_key(p_execution));
+    SELECT e.status, e.definition_id, (d.definition ->> 'timeout')::float8 AS timeout,
+           d.definition ->> 'enable_parallel' IS NOT DISTINCT FROM 'false' AS sequential INTO x
+      FROM pipeline.workflow_executions e JOIN pipeline.workflow_definitions d USING (definition_id)
+     WHERE e.execution_id = p_execution;
+    IF x.status IS NULL OR NOT (x.status IN ('failed', 'cancelled') OR x.status = 'success' AND p_from IS NOT NULL) THEN
+        RETURN x.status;
+    END IF;
+    WITH RECURSIVE downstream AS (
+        SELECT w.task_id FROM pipeline.workflow_tasks w
+         WHERE w.definition_id = x.definition_id AND w.task_id = p_from
+        UNION
+        SELECT w.task_id FROM downstream d
+          JOIN pipeline.workflow_tasks w ON w.definition_id = x.definition_id AND w.dependencies @> ARRAY[d.task_id])
+    SELECT array_agg(t.task_id) INTO reset FROM pipeline.task_executions t
+     WHERE t.execution_id = p_execution
+       AND (t.status <> 'success' OR t.task_id IN (SELECT d.task_id FROM downstream d));
+    IF p_from IS NOT NULL AND NOT p_from = ANY (coalesce(reset, '{}')) THEN
+        RETURN 'no such task';
+    END IF;
+    INSERT INTO pipeline.workflow_events (execution_id, task_id, kind, user_id, detail)
+        VALUES (p_execution, p_from, CASE WHEN p_from IS NULL THEN 'retry' ELSE 'rerun' END, p_user,
+                CASE WHEN p_params IS NULL THEN '{}' ELSE jsonb_build_object('params', p_params) END);
+    INSERT INTO pipeline.task_attempts (execution_id, task_id, epoch, attempt, outcome, worker_id, started_at, ended_at,
+                                        error_type, error_message, error_traceback)
+        SELECT t.execution_id, t.task_id, t.epoch, t.attempt, t.status, t.worker_id, t.started_at, t.finished_at,
+               t.error_type, t.error_message, t.error_traceback
+          FROM pipeline.task_executions t
+         WHERE t.execution_id = p_execution AND t.task_id = ANY (reset) AND t.attempt > 0
+        ON CONFLICT DO NOTHING;  -- a task that was waiting for a retry has its attempt there already
+    UPDATE pipeline.workflow_executions e
+       SET status = 'retry', verdict = NULL, error_message = NULL, finished_at = NULL, run = e.run + 1,
+           careful = x.sequential, deadline_at = pipeline.clock() + make_interval(secs => x.timeout)
+     WHERE e.execution_id = p_execution;
+    UPDATE pipeline.task_executions t
+       SET status = 'pending', epoch = t.epoch + 1, retries = 0, losses = 0, hints = 0, finished_at = NULL,
+           due_at = NULL, led_by = NULL, ready_at = NULL, worker_id = NULL, result = NULL,
+           error_type = NULL, error_message = NULL, error_traceback = NULL,
+           params = CASE WHEN t.task_id = p_from THEN coalesce(p_params, t.params) ELSE t.params END
+     WHERE t.execution_id = p_execution AND t.task_id = ANY (reset);
+    UPDATE pipeline.join_counters c SET remaining = o.remaining
+      FROM pipeline.open_places(p_execution, x.definition_id, '{success}') o
+     WHERE c.execution_id = p_execution AND c.number = o.number AND c.slot = o.slot;
+    UPDATE pipeline.task_executions t SET due_at = pipeline.clock(), ready_at = pipeline.clock()
+      FROM pipeline.workflow_tasks w
+     WHERE t.execution_id = p_execution AND w.definition_id = x.definition_id AND w.task_id = t.task_id
+       AND t.status = 'pending'
+       AND NOT EXISTS (SELECT 1 FROM pipeline.task_executions d
+                        WHERE d.execution_id = p_execution AND d.task_id = ANY (w.waits_for) AND d.status <> 'success')
+       AND (NOT x.sequential OR w.number = (
+           SELECT min(v.number) FROM pipeline.workflow_tasks v JOIN pipeline.task_executions o
+               ON o.execution_id = p_execution AND o.task_id = v.task_id AND o.status <> 'success'
+            WHERE v.definition_id = x.definition_id));
+    IF reset IS NULL THEN
+        PERFORM pipeline.close_execution(p_execution, 'success');
+    END IF;
+    RETURN x.status;
 END $$;
 
 -- What the ids of executions begin with that were created on a day (since 1970).
@@ -411,3 +575,76 @@ BEGIN
     DELETE FROM pipeline.workflow_states t WHERE t.execution_id = ANY (lying);
     RETURN cardinality(gone);
 END $$;
+
+-- Every violated invariant; empty where all is well.
+CREATE OR REPLACE FUNCTION pipeline.audit() RETURNS TABLE (violation text, execution_id text, subject text) LANGUAGE sql AS $$
+    WITH task AS (
+        SELECT t.*, w.dependencies, e.status AS execution_status, e.verdict, e.paused, e.careful,
+               EXISTS (SELECT 1 FROM pipeline.task_executions o
+                        WHERE o.execution_id = t.execution_id AND o.task_id = ANY (w.waits_for)
+                          AND o.status IN ('pending', 'running', 'retry'))
+               OR e.definition_id IN (SELECT d.definition_id FROM pipeline.workflow_definitions d
+                                       WHERE d.definition ->> 'enable_parallel' = 'false') AND EXISTS (
+                   SELECT 1 FROM pipeline.task_executions o
+                     JOIN pipeline.workflow_tasks v ON v.definition_id = e.definition_id AND v.task_id = o.task_id
+                    WHERE o.execution_id = t.execution_id AND v.number < w.number
+                      AND o.status IN ('pending', 'running', 'retry')) AS blocked
+          FROM pipeline.task_executions t
+          JOIN pipeline.workflow_executions e USING (execution_id)
+          JOIN pipeline.workflow_tasks w ON w.definition_id = e.definition_id AND w.task_id = t.task_id)
+    SELECT 'started before its dependencies succeeded', t.execution_id, t.task_id FROM task t
+     WHERE t.status IN ('running', 'retry', 'success', 'failed')
+       AND EXISTS (SELECT 1 FROM pipeline.task_executions d WHERE d.execution_id = t.execution_id
+                    AND d.task_id = ANY (t.dependencies) AND d.status <> 'success')
+    UNION ALL
+    SELECT 'may start although something it waits for is open', t.execution_id, t.task_id FROM task t
+     WHERE (t.due_at IS NOT NULL OR t.status = 'running') AND t.blocked
+    UNION ALL
+    SELECT 'never released', t.execution_id, t.task_id FROM task t
+     WHERE t.status = 'pending' AND t.due_at IS NULL AND t.verdict IS NULL AND NOT t.blocked
+    UNION ALL
+    SELECT 'due although it ended', t.execution_id, t.task_id FROM task t
+     WHERE t.finished_at IS NOT NULL AND t.due_at IS NOT NULL
+    UNION ALL
+    SELECT 'parked in an execution that is not paused', t.execution_id, t.task_id FROM task t
+     WHERE t.due_at = 'infinity' AND NOT t.paused
+    UNION ALL
+    SELECT 'skipped, and completions do not look for it', t.execution_id, t.task_id FROM task t
+     WHERE t.status = 'skipped' AND t.verdict IS NULL AND NOT t.careful
+    UNION ALL
+    SELECT 'result of a task that did not succeed', t.execution_id, t.task_id FROM task t
+     WHERE t.status <> 'success' AND t.result IS NOT NULL
+    UNION ALL
+    SELECT 'to start in an execution that is decided', t.execution_id, t.task_id FROM task t
+     WHERE t.verdict IS NOT NULL AND t.status IN ('pending', 'retry')
+    UNION ALL
+    SELECT 'waits for a retry that never comes', t.execution_id, t.task_id FROM task t
+     WHERE t.status = 'retry' AND t.due_at IS NULL
+    UNION ALL
+    SELECT 'counter differs from its open tasks', e.execution_id, format('%s.%s', o.number, o.slot)
+      FROM pipeline.workflow_executions e,
+           LATERAL pipeline.open_places(e.execution_id, e.definition_id, '{success,skipped}') o
+     WHERE e.verdict IS NULL AND e.status IN ('pending', 'running', 'retry')
+       AND NOT EXISTS (SELECT 1 FROM pipeline.join_counters c
+                        WHERE c.execution_id = e.execution_id AND c.number = o.number AND c.slot = o.slot
+                          AND c.remaining = o.remaining)
+    UNION ALL
+    SELECT 'open task in an ended execution', t.execution_id, t.task_id FROM task t
+     WHERE t.execution_status IN ('success', 'failed', 'cancelled') AND t.status IN ('pending', 'running', 'retry')
+    UNION ALL
+    SELECT 'ended although its verdict says otherwise', e.execution_id, e.status
+      FROM pipeline.workflow_executions e
+     WHERE e.status IN ('success', 'failed', 'cancelled') AND e.status <> coalesce(e.verdict, 'success')
+    UNION ALL
+    SELECT 'success with a task that failed', t.execution_id, t.task_id FROM task t
+     WHERE t.execution_status = 'success' AND t.status IN ('failed', 'cancelled')
+    UNION ALL
+    SELECT 'nothing runs and nothing will', e.execution_id, e.status
+      FROM pipeline.workflow_executions e
+     WHERE e.status IN ('pending', 'running', 'retry')
+       AND NOT EXISTS (SELECT 1 FROM pipeline.task_executions t WHERE t.execution_id = e.execution_id
+                        AND (t.status = 'running' OR (t.status IN ('pending', 'retry') AND t.due_at IS NOT NULL)))
+    UNION ALL
+    SELECT 'running on a worker that never was', t.execution_id, t.task_id FROM task t
+     WHERE t.status = 'running' AND NOT EXISTS (SELECT 1 FROM pipeline.workers k WHERE k.worker_id = t.worker_id)
+$$;
