@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,22 @@ def raw_messages(site: Site) -> list[bytes]:
 
         site.until(drained)
         return got
+
+
+def test_execution_id_begins_with_the_day_of_its_creation_and_one_that_is_taken_is_not_taken_again(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = int(time.time() // 86_400)
+    first = site.engine.execute_workflow(workflow(task("a")))
+    assert re.fullmatch("exec-[0-9a-f]{12}", first)
+    assert before <= int(first[5:9], 16) <= int(time.time() // 86_400)
+    ends = iter([first[9:], first[9:], "00000000"])
+    monkeypatch.setattr("pipeline.dispatch.secrets.token_hex", lambda size: next(ends))
+    monkeypatch.setattr("pipeline.dispatch.time.time", lambda: int(first[5:9], 16) * 86_400.0)
+    second = site.engine.execute_workflow(workflow(task("b")))
+    assert second == first[:9] + "00000000"
+    assert list(site.engine.get_execution(first).tasks) == ["a"]
+    assert list(site.engine.get_execution(second).tasks) == ["b"]
 
 
 def test_message_has_a_constant_size_whatever_the_workflow_and_its_input(site: Site) -> None:

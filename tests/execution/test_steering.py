@@ -236,6 +236,8 @@ def test_gc_forgets_old_executions_with_their_artifacts_after_archiving_them_and
         for table in ("task_executions", "join_counters", "workflow_states", "task_attempts", "workflow_events"):
             query = f"SELECT count(*) FROM pipeline.{table} WHERE execution_id = %s"
             assert connection.execute(query.encode(), (old,)).fetchone() == (0,), table
+        made = connection.execute("SELECT first_day - pipeline.today(), last_day - pipeline.today() FROM pipeline.partitions")
+        assert made.fetchall() == [(1, 10)], "a third of the time that executions are kept, from tomorrow on"
 
 
 def test_beat_with_our_scheduler_publishes_what_was_enqueued_in_a_callers_transaction(sites: Callable[..., Any]) -> None:
