@@ -46,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = targets(heats)
     for heat in heats:
         print(f"\n{heat_table(heat)}")
-    print(f"\n{target_table(found)}\n\n{line(about)}")
+    chosen = options.shapes or options.contenders or options.peers
+    shown = [target for target in found if target.reached is not None] if chosen else found
+    print(f"\n{target_table(shown)}\n\n{line(about)}")
     output: Path = options.output or Path(tempfile.mkdtemp(prefix="bench-results-"))
     output.mkdir(parents=True, exist_ok=True)
     results = {**about, "heats": [heat.to_json() for heat in heats], "targets": [target.to_json() for target in found]}

@@ -188,7 +188,7 @@ class Bench:
         definition_id = self.engine.installation.dispatcher.register(self.engine.register(definition_of(graph)))
         with psycopg.connect(self._place.database_url) as connection:
             row = connection.execute(
-                """SELECT cardinality(e.tasks) - (SELECT count(*) FROM pipeline.share(%(id)s, e.tasks))
+                """SELECT (SELECT count(*) FROM pipeline.share(%(id)s, e.tasks, true) s WHERE s.led_by IS NULL)
                      FROM (SELECT ARRAY(SELECT task_id FROM pipeline.workflow_tasks
                                          WHERE definition_id = %(id)s AND waits_for = '{}') AS tasks) e""",
                 {"id": definition_id},

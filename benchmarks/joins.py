@@ -67,7 +67,16 @@ class Fan:
         self._installation = Installation.open(Settings.model_validate(settings))
         self._worker = self._installation.store.start_worker(name="fan", pid=1, lease=3600, handlers=["debug.noop"])
 
-    def seconds(self, connections: int, way: str) -> float:
+    def make_partitions(self, number: int) -> None:
+        """Have so many partitions, the last but one of today; only once."""
+        with psycopg.connect(self._url, autocommit=True) as connection:
+            for ago in range(number - 1, -1, -1):
+                connection.execute(
+                    "SELECT set_config('pipeline.fake_now', (now() - %s * interval '1 day')::text, false)", (ago,)
+                )
+                connection.execute("SELECT pipeline.make_partitions(1)")
+
+    def seconds(self, connections: int, way: str, *, keep_plans: bool = True) -> float:
         """How long so many connections take for all completions."""
         one_join = way != WAYS[2]
         each = COMPLETIONS // connections
@@ -84,6 +93,10 @@ class Fan:
                 raise RuntimeError(f"task t{first} of {execution} cannot be claimed")
             work.append(_DRIVE.format(first=first, last=first + each - 1, execution=execution, worker=self._worker))
         links = [psycopg.connect(self._url, autocommit=True) for _ in work]
+        for link in links:
+            link.execute(
+                "SELECT set_config('plan_cache_mode', %s, false)", ("force_generic_plan" if keep_plans else "auto",)
+            )
         with ThreadPoolExecutor(connections) as pool:
             began = time.monotonic()
             for _ in pool.map(lambda link, text: link.execute(text.encode()), links, work):

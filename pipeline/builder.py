@@ -50,7 +50,13 @@ class WorkflowBuilder:
         retry_policy: RetryPolicy | Mapping[str, Any] | None = None,
         **fields: Any,
     ) -> TaskRef:
-        """Add a task that starts once all of `after` succeeded; further fields are those of `TaskDefinition`."""
+        """Add a task that starts once all of `after` succeeded; further fields are those of `TaskDefinition`.
+
+        Raises:
+            TypeError: `dependencies` is given, which `after` says.
+        """
+        if "dependencies" in fields:
+            raise TypeError(f"task {id!r}: write after=..., with ids or what task() returned, instead of dependencies=...")
         needed = (after,) if isinstance(after, TaskRef | str) else after
         task: dict[str, Any] = {"id": id, "handler": handler, **fields}
         task["dependencies"] = [other.id if isinstance(other, TaskRef) else other for other in needed]

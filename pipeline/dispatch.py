@@ -211,7 +211,8 @@ def _plan_of(task: TaskDefinition, number: int, compiled: CompiledWorkflow) -> d
     if task.id in compiled.slots:
         plan["slots"] = compiled.slots[task.id]
     if task.params:
-        plan["params"] = to_jsonable_python(task.params, inf_nan_mode="constants")
+        text = json.dumps(to_jsonable_python(task.params, inf_nan_mode="constants"), sort_keys=True)
+        plan["params"] = json.loads(text)  # in the order of the canonical JSON
     if task.retry_policy != _RETRIES:
         plan["retry_policy"] = task.retry_policy.model_dump(mode="json", exclude_defaults=True)
     return plan

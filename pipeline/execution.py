@@ -88,7 +88,7 @@ class Attempt:
 
     def retry_delay(self, exc: BaseException) -> float | None:
         """Seconds until the next try, or None where there is none left."""
-        return retry_delay(exc, RetryPolicy(**self.claim.retry_policy or {}), self.claim.retries, random.random())  # noqa: S311
+        return _delay_after(exc, self.claim.retry_policy, self.claim.retries)
 
 
 def retry_delay(exc: BaseException, policy: RetryPolicy, retries: int, uniform: float) -> float | None:
@@ -104,6 +104,11 @@ def retry_delay(exc: BaseException, policy: RetryPolicy, retries: int, uniform: 
     if isinstance(exc, Retry) and exc.after is not None:
         return max(0.0, exc.after)
     return policy.delay(retries, uniform)
+
+
+def _delay_after(exc: BaseException, declared: Mapping[str, Any] | None, retries: int) -> float | None:
+    """The same with a die, for a policy as the store has it."""
+    return retry_delay(exc, RetryPolicy(**declared or {}), retries, random.random())  # noqa: S311
 
 
 class HandlerTask(Task):  # type: ignore[misc]
@@ -370,8 +375,7 @@ class Executor:
         store = self.attendant.store
         for running in store.running_in(self.attendant.name, pid):
             self.reporter.lost(f"{running.execution_id}_{running.task_id}", exc)
-            policy = RetryPolicy(**running.retry_policy or {})
-            delay = retry_delay(exc, policy, running.retries, random.random())  # noqa: S311
+            delay = _delay_after(exc, running.retry_policy, running.retries)
             store.end(
                 running, "failed" if delay is None else "retry", delay=delay or 0.0,
                 error_type="TaskTimeout", error_message=f"did not stop at its timeout and was killed: {text_of(exc)}",

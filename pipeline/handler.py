@@ -169,7 +169,17 @@ def handler(
         retry_on: exceptions that the task's retry policy applies to; all others fail at once. None: every exception.
         never_retry_on: exceptions that fail the task at once.
         timeout: seconds; the smaller of this and the definition's timeout holds.
+
+    Raises:
+        TypeError: an argument is of the wrong kind, as where `@handler` is written without a name.
     """
+    if not isinstance(name, str):
+        raise TypeError('a handler has a name: write @handler("family.verb")')
+    if timeout is not None and (not isinstance(timeout, int | float) or timeout <= 0):
+        raise TypeError(f"handler {name!r}: timeout is a number of seconds above 0, not {timeout!r}")
+    for option, kinds in (("retry_on", retry_on), ("never_retry_on", never_retry_on)):
+        if isinstance(kinds, type):
+            raise TypeError(f"handler {name!r}: {option} is a list of exceptions: write [{kinds.__name__}]")
 
     def declare(function: F) -> F:
         declared = Handler(name, function, None if retry_on is None else tuple(retry_on), tuple(never_retry_on), timeout)

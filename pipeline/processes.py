@@ -84,6 +84,8 @@ def flower(arguments: Namespace) -> bool:
     """Run Flower."""
     with Installation.open() as installation:
         settings = installation.settings
+        if settings.flower_port and not flower_port_is_free(installation):
+            raise SettingsError(f"port {settings.flower_port} is taken: PIPELINE_FLOWER_PORT names another")
         auth = [f"--basic-auth={','.join(settings.flower_basic_auth)}"] if settings.flower_basic_auth else []
         installation.worker_app.start([
             "flower", f"--address={settings.flower_address}", f"--port={settings.flower_port}", "--max-tasks=20000", *auth,

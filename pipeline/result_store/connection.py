@@ -25,8 +25,12 @@ log = logging.getLogger(__name__)
 #: a caller's own connection, of psycopg 3
 Connection = psycopg.Connection[Any]
 
-#: set by a statement, for PgBouncer passes no `options` on
-_SESSION = "SET timezone = 'UTC'; SET jit = off; SET statement_timeout = 60000; SET idle_in_transaction_session_timeout = 60000"
+#: set by a statement, for PgBouncer passes no `options` on. Without sequential scans, as all statements ask by keys: a plan
+#: that was made while a table was small would read it from end to end for each row, and be kept until the next ANALYZE.
+_SESSION = (
+    "SET timezone = 'UTC'; SET jit = off; SET statement_timeout = 60000; SET idle_in_transaction_session_timeout = 60000;"
+    " SET enable_seqscan = off"
+)
 #: of partitioned tables Postgres would else make a new plan for each call of a function, at the price of all the rest of it
 _KEEP_PLANS = "; SET plan_cache_mode = force_generic_plan"
 _TRIES_ON_CONFLICT = 10

@@ -135,9 +135,16 @@ class Executions(Door):
         """Delete ended executions with all their rows; returns how many."""
         return self._all("forget_executions", Count, execution_ids=list(execution_ids))[0].count
 
-    def make_partitions(self, days: int) -> int:
-        """See to it that the executions of the next days have partitions, of so many days each; returns how many were made."""
-        return self._all("make_partitions", Count, days=days)[0].count
+    def close_for_good(self, execution_id: str) -> bool:
+        """Let nobody open an execution again; False where it has not ended."""
+        return self._all("close_for_good", _Closed, execution_id=execution_id)[0].closed
+
+    def make_partitions(self, days: int, most_bytes: int = 2**30) -> int:
+        """See to it that the executions of the next days have partitions, of so many days each; returns how many were made.
+
+        None is made where the default partition of tasks is larger than `most_bytes`.
+        """
+        return self._all("make_partitions", Count, days=days, most_bytes=most_bytes)[0].count
 
     def drop_partitions(self) -> int:
         """Drop the partitions of which every execution is forgotten; returns how many."""
@@ -147,6 +154,11 @@ class Executions(Door):
 @dataclass(frozen=True, kw_only=True)
 class _Status:
     status: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Closed:
+    closed: bool
 
 
 @dataclass(frozen=True, kw_only=True)

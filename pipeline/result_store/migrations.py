@@ -52,6 +52,7 @@ def upgrade(url: str) -> tuple[Migration, ...]:
         SchemaMismatch: the database is newer than this code, or workers of the present version run on it.
     """
     with translated(), connect(url, "chordal migrate") as connection:
+        connection.execute("SET statement_timeout = 0")  # a step takes as long as there is data
         connection.execute("SELECT pg_advisory_lock(%s)", (_LOCK,))
         present = _version(connection)
         _refuse_newer(present)

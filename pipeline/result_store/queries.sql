@@ -221,13 +221,17 @@ SELECT kind, task_id, user_id, at, detail FROM pipeline.workflow_events
 SELECT execution_id FROM pipeline.workflow_executions
  WHERE finished_at < pipeline.clock() - %(age)s ORDER BY finished_at LIMIT %(limit)s
 
+-- close_for_good --
+-- Let nobody open an ended execution again.
+SELECT pipeline.close_for_good(%(execution_id)s) AS closed
+
 -- forget_executions --
 -- Delete ended executions with all their rows.
 SELECT pipeline.forget_executions(%(execution_ids)s) AS count
 
 -- make_partitions --
 -- Partitions for the executions of the coming days.
-SELECT pipeline.make_partitions(%(days)s) AS count
+SELECT pipeline.make_partitions(%(days)s, %(most_bytes)s) AS count
 
 -- drop_partitions --
 -- Drop the partitions that hold nothing but what was forgotten.

@@ -86,12 +86,18 @@ def test_upgrade_waits_until_no_worker_of_the_old_version_runs_and_keeps_what_is
             "INSERT INTO pipeline.workflow_tasks VALUES (1, 'a', 0, 'h', 1, '{}', '{}', '{c}', '{}'),"
             " (1, 'c', 1, 'h', 1, '{a}', '{a}', '{}', '{0}')"
         )
+        connection.execute("GRANT SELECT ON pipeline.task_executions TO PUBLIC")
         with pytest.raises(SchemaMismatch, match="1 processes of workers run"):
             upgrade(empty_url)
         assert version(empty_url) == 1
         connection.execute("UPDATE pipeline.workers SET expires_at = now()")
         assert [step.version for step in upgrade(empty_url)] == [step.version for step in migrations.migrations()[1:]]
         assert connection.execute("SELECT task_id, led_by FROM pipeline.task_executions").fetchall() == [("a", None)]
+        granted = connection.execute(
+            "SELECT a.privilege_type FROM pg_class c, aclexplode(c.relacl) a"
+            " WHERE c.oid = 'pipeline.task_executions'::regclass AND a.grantee = 0"
+        )
+        assert granted.fetchall() == [("SELECT",)], "who could read the tasks still can"
         plan = connection.execute("SELECT task_id, params::text, retry_policy FROM pipeline.workflow_tasks ORDER BY 1").fetchall()
         assert plan == [("a", '{"b": 1, "a": 2}', None), ("c", None, {"max_retries": 1})]
 

@@ -9,6 +9,7 @@ from typing import Any
 import psycopg
 import pytest
 
+from pipeline.errors import ExecutionNotFound
 from tests.store.conftest import OF_AN_EXECUTION, Driver
 
 #: tables that are cut into partitions
@@ -194,6 +195,26 @@ def test_make_waits_for_nobody_for_long_and_makes_at_a_later_look(days: Driver) 
         assert partitions(days) == {}
         writer.commit()
         assert days.store.make_partitions(1) == 1
+
+
+def test_make_makes_none_where_the_default_partition_is_larger_than_can_be_read_in_a_moment(days: Driver) -> None:
+    on_day(days, DAY)
+    assert days.store.make_partitions(1, most_bytes=0) == 0
+    assert partitions(days) == {}
+
+
+def test_create_with_an_id_of_a_forgotten_execution_whose_partition_is_there_records_nothing(days: Driver) -> None:
+    days.store.make_partitions(1)
+    execution = on_day(days, DAY + 1)
+    end(days, execution)
+    assert days.store.forget_executions([execution]) == 1
+    again = days.store.create_execution(
+        execution_id=execution, definition_id=days.dispatcher.register(days.define({"x": ""})), user_id=None,
+        idempotency_key=None, input_data={}, input_digest="", variables={}, timeout=None,
+    )  # fmt: skip
+    assert again is None
+    with pytest.raises(ExecutionNotFound):
+        days.status(execution)
 
 
 def test_drop_keeps_an_execution_that_a_late_clock_creates_at_the_same_time(days: Driver) -> None:

@@ -154,6 +154,24 @@ def test_no_operation_reads_a_large_table_from_end_to_end(filled: Driver) -> Non
     assert guilty == []
 
 
+def test_plans_made_while_tables_were_small_do_not_read_them_from_end_to_end_once_they_are_large(database_url: str) -> None:
+    drive = Driver(database_url)
+    for number in range(10):
+        drive.drain(drive.start({"a": "", "b": "a", "c": "a"}))
+        if number == 3:
+            drive.sql("VACUUM ANALYZE")
+    before = seq_scans(drive)
+    execution = drive.start({"a": "", **{f"b{n}": "a" for n in range(300)}})
+    assert len(drive.complete(execution, "a")) == 300
+    for n in range(10):
+        drive.complete(execution, f"b{n}")
+    drive.sql("SELECT pg_stat_force_next_flush()")
+    after = seq_scans(drive)
+    drive.close()
+    tables = [table for table in after if table.startswith(("task_executions", "workflow_tasks", "join_counters", "workflow_ex"))]
+    assert {table: after[table] - before.get(table, 0) for table in tables} == dict.fromkeys(tables, 0)
+
+
 def test_counting_down_a_join_is_a_hot_update(drive: Driver) -> None:
     def updates() -> tuple[int, int]:
         drive.sql("SELECT pg_stat_force_next_flush()")

@@ -13,6 +13,7 @@ import psycopg
 import pytest
 
 from pipeline.compiler import WIDE
+from pipeline.errors import ExecutionNotFound
 from pipeline.result_store.rows import Fence
 from pipeline.result_store.store import ResultStore
 from tests.store.conftest import Driver
@@ -224,6 +225,43 @@ def test_last_completions_of_two_slots_wait_for_each_other_and_release_once(aren
     first, second = arena.meet(lambda store: store.complete(fences[0], 1), lambda store: store.complete(fences[1], 1))
     assert [[task.task_id for task in ended.ready] for ended in (first, second)] == [[], ["end"]]
     assert arena.drive.drain(execution) == ["end"]
+
+
+def failed(drive: Driver) -> str:
+    execution = drive.start({"a": "", "b": "a"})
+    drive.end(execution, "a", "failed")
+    return execution
+
+
+@pytest.mark.parametrize("forget", ["forget_executions", "close_for_good"])
+def test_forget_meets_a_retry_and_keeps_the_execution(arena: Arena, forget: str) -> None:
+    execution = failed(arena.drive)
+    _, kept = arena.meet(
+        lambda store: store.reopen_execution(execution, None),
+        lambda store: store.close_for_good(execution) if forget == "close_for_good" else store.forget_executions([execution]),
+    )
+    assert not kept
+    assert arena.drive.drain(execution) == ["a", "b"]
+    assert arena.drive.store.audit() == []
+
+
+@pytest.mark.parametrize("forget", ["forget_executions", "close_for_good"])
+def test_retry_meets_a_forgetting_and_finds_nothing_and_leaves_nothing_due(arena: Arena, forget: str) -> None:
+    execution = failed(arena.drive)
+
+    def retry(store: ResultStore) -> str:
+        try:
+            return store.reopen_execution(execution, None).value
+        except ExecutionNotFound:
+            return "not found"
+
+    _, found = arena.meet(
+        lambda store: store.close_for_good(execution) if forget == "close_for_good" else store.forget_executions([execution]),
+        retry,
+    )
+    assert found == "not found"
+    assert arena.drive.due(execution) == []
+    assert arena.drive.store.audit() == []
 
 
 def creator(drive: Driver, key: int, execution: str, digest: str = "d") -> Callable[[ResultStore], Any]:

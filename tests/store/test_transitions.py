@@ -315,6 +315,25 @@ def test_rerun_and_mark_of_an_unknown_task_say_so_and_change_nothing(drive: Driv
     assert drive.picture(execution) == before
 
 
+@pytest.mark.parametrize("state", ["failed", "cancelled", "success"])
+def test_execution_that_is_closed_for_good_cannot_be_opened_or_marked_and_does_not_change(drive: Driver, state: str) -> None:
+    execution = make_execution(drive, state)
+    assert drive.store.close_for_good(execution)
+    before = drive.picture(execution)
+    with pytest.raises(ExecutionNotFound):
+        drive.store.reopen_execution(execution, None, task_id="a")
+    with pytest.raises(TaskNotFound):
+        drive.mark(execution, "a", "skipped")
+    assert drive.picture(execution) == before
+
+
+@pytest.mark.parametrize("state", ["pending", "running", "retry"])
+def test_execution_that_has_not_ended_is_not_closed_for_good(drive: Driver, state: str) -> None:
+    execution = make_execution(drive, state)
+    assert not drive.store.close_for_good(execution)
+    assert drive.status(execution) == state
+
+
 def test_forget_deletes_ended_executions_and_no_others(drive: Driver) -> None:
     ended, open_ = make_execution(drive, "success"), make_execution(drive, "running")
     assert drive.store.forget_executions([ended, open_, "exec-none"]) == 1

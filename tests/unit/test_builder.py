@@ -48,3 +48,9 @@ def test_build_with_problems_raises_all_of_them() -> None:
     assert "did you mean 'version'?" in text
     assert "unknown task 'b'" in text
     assert "id 'a' is taken" in text
+
+
+def test_task_with_dependencies_is_refused_for_they_are_called_after() -> None:
+    flow = WorkflowBuilder("w")
+    with pytest.raises(TypeError, match="write after="):
+        flow.task("b", "debug.noop", dependencies=["a"])

@@ -152,3 +152,18 @@ def test_artifact_and_dataset_bind_from_the_json_that_results_are() -> None:
     assert Dataset.model_validate(data.model_dump(mode="json")) == data
     artifact = Artifact(uri="file:///x", bytes=1, sha256="0" * 64)
     assert Artifact.model_validate(artifact.model_dump(mode="json")) == artifact
+
+
+@pytest.mark.parametrize(
+    ("declare", "words"),
+    [
+        (lambda: handler(len), "write @handler"),
+        (lambda: handler("x.y", timeout="5m"), "timeout is a number of seconds above 0, not '5m'"),
+        (lambda: handler("x.y", timeout=0), "above 0"),
+        (lambda: handler("x.y", retry_on=OSError), r"retry_on is a list of exceptions: write \[OSError\]"),
+        (lambda: handler("x.y", never_retry_on=ValueError), r"write \[ValueError\]"),
+    ],
+)
+def test_declaration_with_an_argument_of_the_wrong_kind_is_refused_where_it_stands(declare: Any, words: str) -> None:
+    with pytest.raises(TypeError, match=words):
+        declare()

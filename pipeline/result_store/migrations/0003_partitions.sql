@@ -10,6 +10,8 @@ UPDATE pipeline.workflow_tasks w SET params = t.declared -> 'params', retry_poli
  WHERE t.definition_id = w.definition_id AND t.declared ->> 'id' = w.task_id
    AND (t.declared -> 'params' IS NOT NULL OR t.declared -> 'retry_policy' IS NOT NULL);
 
+ALTER TABLE pipeline.workflow_executions ADD COLUMN forgotten boolean NOT NULL DEFAULT false;
+
 CREATE TABLE pipeline.partitions (
     first_day  int PRIMARY KEY,            -- since 1970
     last_day   int NOT NULL
@@ -48,6 +50,22 @@ CREATE TABLE pipeline.join_counters (LIKE pipeline.join_counters_default INCLUDI
 ALTER TABLE pipeline.join_counters ADD PRIMARY KEY (execution_id, number, slot);
 ALTER TABLE pipeline.join_counters ATTACH PARTITION pipeline.join_counters_default DEFAULT;
 
+-- Who could read the tables, and so on, still can.
+DO $$ DECLARE
+    granted record;
+BEGIN
+    FOR granted IN
+        SELECT replace(c.relname, '_default', '') AS whole, a.privilege_type, a.is_grantable,
+               CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(a.grantee)) END AS grantee
+          FROM pg_class c, aclexplode(c.relacl) a
+         WHERE c.relnamespace = 'pipeline'::regnamespace AND a.grantee <> c.relowner AND c.relname IN (
+               'workflow_states_default', 'task_executions_default', 'task_attempts_default', 'join_counters_default') LOOP
+        EXECUTE format('GRANT %s ON pipeline.%I TO %s %s', granted.privilege_type, granted.whole, granted.grantee,
+                       CASE WHEN granted.is_grantable THEN 'WITH GRANT OPTION' END);
+    END LOOP;
+END $$;
+
+DROP FUNCTION pipeline.share(bigint, text[]);
 DROP FUNCTION pipeline.start_task(text, bigint, text, int, bigint, text, double precision, interval);
 DROP FUNCTION pipeline.claim_task(text, text, int, bigint, text, interval);
 DROP FUNCTION pipeline.complete_task(
@@ -57,6 +75,48 @@ DROP TYPE pipeline.claimed_task;
 CREATE TYPE pipeline.claimed_task AS (
     task_id text, handler text, epoch int, attempt int, retries int, params json, results jsonb,
     timeout double precision, dependencies text[], retry_policy json);
+
+-- Tasks that become ready together, in topological order, and which of them share a message: the first of each leads, the
+-- others are led by it. There are as many messages as processes that could run them, and no more than one for four tasks of
+-- a handler that is known to be quick. Each holds tasks of one handler and timeout, and no more than its size allows (as
+-- dispatch counts it). Slow handlers have a message for each task.
+-- Nobody joins this to other tables: Postgres takes plans for small, and then compares each task with each.
+CREATE FUNCTION pipeline.share(p_definition bigint, p_tasks text[], p_together boolean)
+RETURNS TABLE (task_id text, number int, handler text, timeout double precision, led_by text) LANGUAGE plpgsql STABLE AS $$
+DECLARE
+    each_ int := 1;
+    slow_ text[];
+    quick_ text[] := '{}';
+BEGIN
+    IF p_together AND cardinality(p_tasks) > 1 THEN
+        SELECT ceil(cardinality(p_tasks)::float8 / greatest(count(*), 1)),
+               ARRAY(SELECT DISTINCT unnest(k.slow) FROM pipeline.workers k WHERE k.expires_at > pipeline.clock()),
+               ARRAY(SELECT DISTINCT unnest(k.quick) FROM pipeline.workers k WHERE k.expires_at > pipeline.clock())
+          INTO each_, slow_, quick_ FROM pipeline.workers k WHERE k.expires_at > pipeline.clock();
+    END IF;
+    IF each_ = 1 AND quick_ = '{}' THEN
+        RETURN QUERY
+            SELECT w.task_id, w.number, w.handler, w.timeout, NULL::text
+              FROM unnest(p_tasks) n (task_id), LATERAL (
+                SELECT p.* FROM pipeline.workflow_tasks p
+                 WHERE p.definition_id = p_definition AND p.task_id = n.task_id OFFSET 0) w ORDER BY w.number;
+        RETURN;
+    END IF;
+    RETURN QUERY
+        SELECT m.task_id, m.number, m.handler, m.timeout, CASE WHEN m.shares THEN nullif(m.leader, m.task_id) END FROM (
+            SELECT d.*, first_value(d.task_id) OVER (
+                       PARTITION BY d.handler, d.timeout, d.place / d.most, (d.bytes - 1) / d.room ORDER BY d.number) AS leader
+              FROM (SELECT w.task_id, w.handler, w.timeout, w.number, w.handler <> ALL (slow_) AS shares,
+                           CASE WHEN w.handler = ANY (quick_) THEN greatest(4, each_) ELSE each_ END AS most,
+                           row_number() OVER alike - 1 AS place,
+                           sum(octet_length(w.task_id) + 8) OVER alike AS bytes,
+                           greatest(1, (330 - 3.5 * max(octet_length(w.task_id)) OVER (PARTITION BY w.handler, w.timeout)
+                                        - octet_length(w.handler)) * 0.74)::int AS room
+                      FROM unnest(p_tasks) n (task_id), LATERAL (
+                        SELECT p.* FROM pipeline.workflow_tasks p
+                         WHERE p.definition_id = p_definition AND p.task_id = n.task_id OFFSET 0) w  -- one look-up each
+                    WINDOW alike AS (PARTITION BY w.handler, w.timeout ORDER BY w.number)) d) m ORDER BY m.number;
+END $$;
 
 -- Record an execution of a stored definition with all its tasks and counters, and return those that are ready. One
 -- transaction with whatever the caller's connection has open. `created` is false where the idempotency key was used before;
@@ -83,23 +143,22 @@ BEGIN
             FROM pipeline.workflow_executions e WHERE e.workflow_id = workflow AND e.idempotency_key = p_key;
         RETURN;
     END IF;
-    INSERT INTO pipeline.workflow_states VALUES (p_execution, p_variables, p_input);
+    INSERT INTO pipeline.workflow_states VALUES (p_execution, p_variables, p_input) ON CONFLICT DO NOTHING;
+    IF NOT FOUND THEN  -- of an execution that is forgotten, whose partition is still there
+        DELETE FROM pipeline.workflow_executions e WHERE e.execution_id = p_execution;
+        RETURN;
+    END IF;
     entry := ARRAY(SELECT t.task_id FROM pipeline.workflow_tasks t
                     WHERE t.definition_id = p_definition AND t.waits_for = '{}');
-    WITH planned AS MATERIALIZED (
-        SELECT t.*, t.waits_for = '{}' AS is_ready, s.led_by
-          FROM pipeline.workflow_tasks t
-          LEFT JOIN pipeline.share(p_definition, entry) s ON p_grace > '0' AND s.task_id = t.task_id
-         WHERE t.definition_id = p_definition ORDER BY t.number),
+    WITH first AS MATERIALIZED (SELECT * FROM pipeline.share(p_definition, entry, p_grace > '0')),
     made AS (
         INSERT INTO pipeline.task_executions (execution_id, task_id, handler, ready_at, due_at, hints, led_by)
-        SELECT p_execution, t.task_id, t.handler,
-               CASE WHEN t.is_ready THEN now_ END,
-               CASE WHEN t.is_ready THEN now_ + p_grace END,
-               CASE WHEN t.is_ready AND p_grace > '0' THEN 1 ELSE 0 END, t.led_by
-          FROM planned t)
-    SELECT array_agg((p_execution, t.task_id, 0, t.handler, t.timeout, t.led_by)::pipeline.ready_task ORDER BY t.number)
-      INTO ready FROM planned t WHERE t.is_ready;
+        SELECT p_execution, f.task_id, f.handler, now_, now_ + p_grace, (p_grace > '0')::int, f.led_by FROM first f)
+    SELECT array_agg((p_execution, f.task_id, 0, f.handler, f.timeout, f.led_by)::pipeline.ready_task ORDER BY f.number)
+      INTO ready FROM first f;
+    INSERT INTO pipeline.task_executions (execution_id, task_id, handler)
+        SELECT p_execution, t.task_id, t.handler
+          FROM pipeline.workflow_tasks t WHERE t.definition_id = p_definition AND t.waits_for <> '{}';
     INSERT INTO pipeline.join_counters (execution_id, number, slot, remaining)
         SELECT p_execution, h.number, s.slot, s.remaining
           FROM pipeline.workflow_headers h, LATERAL (
@@ -279,29 +338,24 @@ BEGIN
     END IF;
 END $$;
 
--- Mark tasks as ready for a claim and return them for publishing.
+-- Mark tasks as ready for a claim and return them for publishing. One after the other by their keys: of one statement for
+-- all, Postgres makes a plan that compares each with each where it takes executions for small.
 CREATE OR REPLACE FUNCTION pipeline.make_ready(p_execution text, p_definition bigint, p_tasks text[], p_grace interval)
 RETURNS pipeline.ready_task[] LANGUAGE plpgsql AS $$
 DECLARE
     now_ timestamptz := pipeline.clock();
+    r record;
+    moved record;
     ready pipeline.ready_task[];
 BEGIN
-    IF cardinality(p_tasks) > 1 THEN
-        PERFORM 1 FROM pipeline.task_executions t
-          WHERE t.execution_id = p_execution AND t.task_id = ANY (p_tasks) ORDER BY t.task_id FOR NO KEY UPDATE;
-    END IF;
-    WITH moved AS (
-        UPDATE pipeline.task_executions t
-           SET ready_at = now_, due_at = now_ + p_grace, hints = 1, led_by = r.led_by
-          FROM (SELECT n.task_id, s.led_by FROM unnest(p_tasks) n (task_id)
-                  LEFT JOIN pipeline.share(p_definition, p_tasks) s USING (task_id)) r
+    FOR r IN SELECT * FROM pipeline.share(p_definition, p_tasks, true) LOOP  -- in the lock order of released tasks
+        UPDATE pipeline.task_executions t SET ready_at = now_, due_at = now_ + p_grace, hints = 1, led_by = r.led_by
          WHERE t.execution_id = p_execution AND t.task_id = r.task_id AND t.status = 'pending' AND t.due_at IS NULL
-        RETURNING t.task_id, t.epoch, t.handler, t.led_by)
-    SELECT array_agg((p_execution, m.task_id, m.epoch, m.handler, w.timeout, m.led_by)::pipeline.ready_task ORDER BY w.number)
-      INTO ready
-      FROM moved m, LATERAL (SELECT p.number, p.timeout FROM pipeline.workflow_tasks p
-                              WHERE p.definition_id = p_definition AND p.task_id = m.task_id
-                             OFFSET 0) w;  -- one look-up each, whatever the planner thinks of the size of a plan
+        RETURNING t.epoch, t.handler INTO moved;
+        IF FOUND THEN
+            ready := ready || (p_execution, r.task_id, moved.epoch, moved.handler, r.timeout, r.led_by)::pipeline.ready_task;
+        END IF;
+    END LOOP;
     RETURN ready;
 END $$;
 
@@ -431,7 +485,7 @@ BEGIN
     SELECT e.status, e.definition_id, (d.definition ->> 'timeout')::float8 AS timeout,
            d.definition ->> 'enable_parallel' IS NOT DISTINCT FROM 'false' AS sequential INTO x
       FROM pipeline.workflow_executions e JOIN pipeline.workflow_definitions d USING (definition_id)
-     WHERE e.execution_id = p_execution;
+     WHERE e.execution_id = p_execution AND NOT e.forgotten;
     IF x.status IS NULL OR NOT (x.status IN ('failed', 'cancelled') OR x.status = 'success' AND p_from IS NOT NULL) THEN
         RETURN x.status;
     END IF;
@@ -486,6 +540,63 @@ BEGIN
     RETURN x.status;
 END $$;
 
+-- Decide a task by hand, once its turn has come: success or skipped, whatever it is doing. Where the execution has
+-- failed or was cancelled it is opened again first. An attempt that runs loses its fence. Returns the status found, NULL
+-- where there is no such task, `waiting` where it waits for others.
+CREATE OR REPLACE FUNCTION pipeline.mark_task(
+    p_execution text, p_task text, p_status text, p_result jsonb, p_user text, p_reason text, p_grace interval
+) RETURNS TABLE (status text, changed boolean, ready pipeline.ready_task[]) LANGUAGE plpgsql AS $$
+DECLARE
+    x record;
+    found_ text;
+BEGIN
+    PERFORM pg_advisory_xact_lock(pipeline.lock_key(p_execution));
+    SELECT e.status, e.verdict, e.definition_id,
+           d.definition ->> 'enable_parallel' IS NOT DISTINCT FROM 'false' AS sequential INTO x
+      FROM pipeline.workflow_executions e JOIN pipeline.workflow_definitions d USING (definition_id)
+     WHERE e.execution_id = p_execution AND NOT e.forgotten;
+    SELECT t.status INTO found_ FROM pipeline.task_executions t
+     WHERE t.execution_id = p_execution AND t.task_id = p_task AND x.status IS NOT NULL;
+    IF found_ IS NULL OR found_ = 'success' OR x.status = 'success' OR (x.verdict IS NOT NULL AND found_ = 'running') THEN
+        RETURN QUERY SELECT found_, false, NULL::pipeline.ready_task[];
+        RETURN;
+    END IF;
+    PERFORM 1 FROM pipeline.workflow_tasks w
+       JOIN pipeline.workflow_tasks v ON v.definition_id = w.definition_id
+        AND (v.task_id = ANY (w.waits_for) OR x.sequential AND v.number < w.number)
+       JOIN pipeline.task_executions d ON d.execution_id = p_execution AND d.task_id = v.task_id
+        AND d.status <> 'success' AND (d.status <> 'skipped' OR x.verdict IS NOT NULL)
+      WHERE w.definition_id = x.definition_id AND w.task_id = p_task;
+    IF FOUND THEN
+        RETURN QUERY SELECT 'waiting', false, NULL::pipeline.ready_task[];
+        RETURN;
+    END IF;
+    IF x.status IN ('failed', 'cancelled') THEN
+        PERFORM pipeline.reopen_execution(p_execution, p_user, NULL, NULL);
+    ELSIF found_ NOT IN ('pending', 'retry', 'running') THEN
+        RETURN QUERY SELECT found_, false, NULL::pipeline.ready_task[];
+        RETURN;
+    END IF;
+    INSERT INTO pipeline.workflow_events (execution_id, task_id, kind, user_id, detail)
+        VALUES (p_execution, p_task, 'mark', p_user, jsonb_build_object('status', p_status, 'reason', p_reason));
+    INSERT INTO pipeline.task_attempts (execution_id, task_id, epoch, attempt, outcome, worker_id, started_at,
+                                        error_type, error_message, error_traceback)
+        SELECT t.execution_id, t.task_id, t.epoch, t.attempt, 'released', t.worker_id, t.started_at,
+               t.error_type, 'decided by hand while it ran', t.error_traceback
+          FROM pipeline.task_executions t
+         WHERE t.execution_id = p_execution AND t.task_id = p_task AND t.status = 'running'
+        ON CONFLICT DO NOTHING;
+    UPDATE pipeline.task_executions t
+       SET status = p_status, epoch = t.epoch + 1, due_at = NULL, led_by = NULL, deadline_at = NULL, finished_at = pipeline.clock(),
+           result = CASE p_status WHEN 'success' THEN p_result END, error_type = NULL, error_traceback = NULL,
+           error_message = format('marked as %s by %s: %s', p_status, coalesce(p_user, 'somebody'), p_reason)
+     WHERE t.execution_id = p_execution AND t.task_id = p_task;
+    IF p_status = 'skipped' THEN
+        UPDATE pipeline.workflow_executions e SET careful = true WHERE e.execution_id = p_execution;
+    END IF;
+    RETURN QUERY SELECT found_, true, pipeline.release(p_execution, x.definition_id, p_task, p_grace);
+END $$;
+
 -- What the ids of executions begin with that were created on a day (since 1970).
 CREATE FUNCTION pipeline.ids_from(p_day int) RETURNS text LANGUAGE sql IMMUTABLE AS
 $$ SELECT 'exec-' || lpad(to_hex(p_day), 4, '0') $$;
@@ -494,8 +605,10 @@ CREATE FUNCTION pipeline.today() RETURNS int LANGUAGE sql STABLE AS
 $$ SELECT floor(extract(epoch FROM pipeline.clock()) / 86400)::int $$;
 
 -- See to it that the executions of the next p_days days have partitions, of so many days each; returns how many were made.
--- Whoever is in the way for longer than a moment is left alone: then the next look makes them.
-CREATE FUNCTION pipeline.make_partitions(p_days int) RETURNS int LANGUAGE plpgsql SET lock_timeout = '500ms' AS $$
+-- Whoever is in the way for longer than a moment is left alone: then the next look makes them. None is made where the role
+-- may not, nor where the default partitions are large: to attach another, Postgres reads them from end to end, and nobody
+-- else does anything meanwhile.
+CREATE FUNCTION pipeline.make_partitions(p_days int, p_most_bytes bigint) RETURNS int LANGUAGE plpgsql SET lock_timeout = '500ms' AS $$
 DECLARE
     first_ int;
     name_ text;
@@ -504,6 +617,9 @@ DECLARE
 BEGIN
     LOCK TABLE pipeline.partitions IN SHARE ROW EXCLUSIVE MODE;
     SELECT greatest(pipeline.today() + 1, max(p.last_day) + 1) INTO first_ FROM pipeline.partitions p;
+    IF pg_relation_size('pipeline.task_executions_default') > p_most_bytes THEN
+        RETURN 0;
+    END IF;
     WHILE first_ <= pipeline.today() + p_days LOOP
         LOCK TABLE ONLY pipeline.workflow_states_default, pipeline.task_executions_default, pipeline.task_attempts_default,
             pipeline.join_counters_default IN ACCESS EXCLUSIVE MODE;
@@ -524,11 +640,11 @@ BEGIN
         made := made + 1;
     END LOOP;
     RETURN made;
-EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
+EXCEPTION WHEN lock_not_available OR deadlock_detected OR insufficient_privilege THEN
     RETURN 0;
 END $$;
 
--- Drop the partitions of days that are over and of which every execution is forgotten; returns how many.
+-- Drop the partitions of days that have been over for two and of which every execution is forgotten; returns how many.
 CREATE FUNCTION pipeline.drop_partitions() RETURNS int LANGUAGE plpgsql SET lock_timeout = '500ms' AS $$
 DECLARE
     old record;
@@ -545,13 +661,22 @@ BEGIN
         dropped := dropped + 1;
     END LOOP;
     RETURN dropped;
-EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
+EXCEPTION WHEN lock_not_available OR deadlock_detected OR insufficient_privilege THEN
     RETURN 0;
 END $$;
 
 CREATE FUNCTION pipeline.in_use(p_first int, p_last int) RETURNS boolean LANGUAGE sql VOLATILE AS
 $$ SELECT EXISTS (SELECT 1 FROM pipeline.workflow_executions e
                    WHERE e.execution_id >= pipeline.ids_from(p_first) AND e.execution_id < pipeline.ids_from(p_last + 1)) $$;
+
+-- From here on nobody opens an execution again, so that its artifacts may be deleted; false where it has not ended.
+CREATE FUNCTION pipeline.close_for_good(p_execution text) RETURNS boolean LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM pg_advisory_xact_lock(pipeline.lock_key(p_execution));
+    UPDATE pipeline.workflow_executions e SET forgotten = true
+     WHERE e.execution_id = p_execution AND e.status IN ('success', 'failed', 'cancelled');
+    RETURN FOUND;
+END $$;
 
 -- Delete ended executions with all that belongs to them; the caller has dealt with their artifacts. What lies in a
 -- partition of its days stays there, unseen, until that is dropped.
@@ -560,6 +685,7 @@ DECLARE
     gone text[];
     lying text[];
 BEGIN
+    PERFORM pg_advisory_xact_lock(k) FROM (SELECT DISTINCT pipeline.lock_key(g) AS k FROM unnest(p_executions) g ORDER BY 1) l;
     WITH deleted AS (
         DELETE FROM pipeline.workflow_executions e
          WHERE e.execution_id = ANY (p_executions) AND e.status IN ('success', 'failed', 'cancelled')
@@ -644,6 +770,10 @@ CREATE OR REPLACE FUNCTION pipeline.audit() RETURNS TABLE (violation text, execu
      WHERE e.status IN ('pending', 'running', 'retry')
        AND NOT EXISTS (SELECT 1 FROM pipeline.task_executions t WHERE t.execution_id = e.execution_id
                         AND (t.status = 'running' OR (t.status IN ('pending', 'retry') AND t.due_at IS NOT NULL)))
+    UNION ALL
+    SELECT 'may start although its execution is gone', t.execution_id, t.task_id FROM pipeline.task_executions t
+     WHERE (t.status IN ('pending', 'retry') AND t.due_at IS NOT NULL OR t.status = 'running')
+       AND NOT EXISTS (SELECT 1 FROM pipeline.workflow_executions e WHERE e.execution_id = t.execution_id)
     UNION ALL
     SELECT 'running on a worker that never was', t.execution_id, t.task_id FROM task t
      WHERE t.status = 'running' AND NOT EXISTS (SELECT 1 FROM pipeline.workers k WHERE k.worker_id = t.worker_id)
