@@ -8,5 +8,6 @@ services     Postgres and Redis for the whole run, with a fresh database for eac
 race         repetitions with alternating contenders, and what was measured
 targets      what is wanted, against what was reached
 table        the results as text; chart draws them
-costs        what a task costs each kind of process; simulation works out from it what a fleet would do
+costs        what a task costs each kind of process; simulation works out from it, with fleet, what others would do
+joins        many connections that end tasks of one join; partitions: what a partition costs
 """

@@ -2,8 +2,8 @@
 
 Messages wait in the broker; a worker's main process fetches them, as many ahead as it has processes; a process of its pool
 runs the tasks of one, each with its calls to the database. Cores, the broker and main processes serve one thing after
-another, and so do the counters of a join, of which a wide one has several. Queues are first come, first served. What nobody has measured is
-free: locks within Postgres but those of joins, and a network beyond its round trip.
+another, and so do the counters of a join, of which a wide one has several. Queues are first come, first served. What nobody
+has measured is free: locks within Postgres but those of joins, and a network beyond its round trip.
 """
 
 from __future__ import annotations

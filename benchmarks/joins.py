@@ -74,7 +74,7 @@ class Fan:
                 connection.execute(
                     "SELECT set_config('pipeline.fake_now', (now() - %s * interval '1 day')::text, false)", (ago,)
                 )
-                connection.execute("SELECT pipeline.make_partitions(1)")
+                connection.execute("SELECT pipeline.make_partitions(1, 1073741824)")
 
     def seconds(self, connections: int, way: str, *, keep_plans: bool = True) -> float:
         """How long so many connections take for all completions."""

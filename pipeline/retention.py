@@ -85,9 +85,8 @@ class Retention:
         if self.archive is None:
             return
         execution = read_execution(self.store, execution_id).to_dict()
-        execution["attempts"] = {
-            name: to_jsonable_python([vars(a) for a in self.store.get_attempts(execution_id, name)]) for name in execution["tasks"]
-        }
+        attempts = {name: self.store.get_attempts(execution_id, name) for name in execution["tasks"]}
+        execution["attempts"] = {name: to_jsonable_python([vars(a) for a in found]) for name, found in attempts.items()}
         filesystem, folder = fsspec.core.url_to_fs(self.archive)
         filesystem.makedirs(folder, exist_ok=True)
         target = f"{folder.rstrip('/')}/{execution_id}.json.gz"

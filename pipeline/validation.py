@@ -209,7 +209,8 @@ def _needed_input(definition: WorkflowDefinition, catalogue: Catalogue | None) -
     for task in definition.tasks:
         spec = catalogue.get(task.handler) if catalogue is not None and task.handler is not None else None
         names = dict.fromkeys(missing_parameters(spec, task.params, task.dependencies) if spec is not None else ())
-        read = (r.name for r in (references(task.params) if task.params else ()) if r.plain and r.root == "input" and r.name is not None)
+        found = references(task.params) if task.params else ()
+        read = (r.name for r in found if r.plain and r.root == "input" and r.name is not None)
         for name in (*names, *(name for name in read if name not in names)):
             users = needed.setdefault(name, [])
             if users[-1:] != [task.id]:

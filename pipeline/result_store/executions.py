@@ -18,7 +18,8 @@ class Executions(Door):
 
     def create_execution(
         self, *, execution_id: str, definition_id: int, user_id: str | None, idempotency_key: str | None,
-        input_data: Mapping[str, Any], input_digest: str, variables: Mapping[str, Any], timeout: float | None, queue_timeout: float | None = None,
+        input_data: Mapping[str, Any], input_digest: str, variables: Mapping[str, Any], timeout: float | None,
+        queue_timeout: float | None = None,
     ) -> rows.Created | None:  # fmt: skip
         """Record an execution and all its tasks, or find the one that its idempotency key belongs to.
 
