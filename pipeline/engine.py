@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ from pipeline.validation import validate, validate_input
 
 #: seconds between two looks of a waiter that heard nothing: notifications are the fast way, this is the sure one
 _POLL = 5.0
+#: held by the thread that has paused garbage collection
+_pausing = threading.Lock()
 #: characters of a user's name or an idempotency key
 _TEXT_LENGTH = 255
 
@@ -101,12 +104,11 @@ class WorkflowEngine:
             definition, key = self.validate(workflow_def), None
         validate_input(definition, data, self.installation.catalogue, self.installation.limits)
         dispatcher = self.installation.dispatcher
-        with _garbage_left():
-            created = dispatcher.create(
-                definition, data, definition_id=key, user_id=user_id, idempotency_key=idempotency_key, store=store
-            )
-            if created.created and connection is None:
-                dispatcher.try_publish(created.ready)
+        created = dispatcher.create(
+            definition, data, definition_id=key, user_id=user_id, idempotency_key=idempotency_key, store=store
+        )
+        if created.created and connection is None:
+            dispatcher.try_publish(created.ready)
         return created.execution_id
 
     def wait(self, execution_id: str, timeout: float | None = None) -> Execution:
@@ -288,8 +290,12 @@ class WorkflowEngine:
 
 @contextmanager
 def _garbage_left() -> Iterator[None]:
-    """No garbage collection for a moment: a large definition's many values are all needed, and to look through them again
-    and again takes a third of a submission's time."""
+    """No garbage collection while a definition is checked and recorded: of a large one all values are needed, and to look
+    through them again and again takes a third of the time. One thread at a time: of two, the later would put back what the
+    earlier had set."""
+    if not _pausing.acquire(blocking=False):
+        yield
+        return
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -297,6 +303,7 @@ def _garbage_left() -> Iterator[None]:
     finally:
         if collecting:
             gc.enable()
+        _pausing.release()
 
 
 def _require_text(**texts: str | None) -> None:

@@ -78,7 +78,11 @@ def connect(url: str, name: str, further: str = "") -> psycopg.Connection[Any]:
                 url, autocommit=True, application_name=name, connect_timeout=5,
                 keepalives_idle=10, keepalives_interval=5, keepalives_count=3, tcp_user_timeout=20_000,
             )  # fmt: skip
-            connection.execute((_SESSION + further).encode())
+            try:
+                connection.execute((_SESSION + further).encode())
+            except psycopg.Error:  # it went away again
+                connection.close()
+                raise
             return connection
     except psycopg.ProgrammingError:  # its message may hold the password
         raise DatabaseUnavailable(

@@ -14,7 +14,7 @@ import pytest
 from psycopg.types.json import Json
 
 import pipeline.result_store
-from pipeline.compiler import SLOTS
+from pipeline.compiler import SLOTS, WIDE
 from pipeline.result_store.statements import sql_text, statements
 from pipeline.states import TaskStatus
 from tests.store.conftest import Driver
@@ -188,3 +188,22 @@ def test_counting_down_a_join_is_a_hot_update(drive: Driver) -> None:
     after = updates()
     assert after[0] - before[0] == 200 + SLOTS + 1
     assert after[1] - before[1] > 200
+
+
+@pytest.mark.parametrize(
+    ("statement", "violation"),
+    [
+        ("UPDATE pipeline.join_counters SET remaining = remaining + 1 WHERE slot = 2", "counter differs from its open tasks"),
+        ("INSERT INTO pipeline.join_counters SELECT execution_id, 7, 1 FROM pipeline.workflow_executions", "counter differs from its open tasks"),
+        ("DELETE FROM pipeline.join_counters WHERE slot = 2", "counter differs from its open tasks"),
+        ("DELETE FROM pipeline.workflow_executions", "may start although its execution is gone"),
+    ],
+    ids=["wrong counter", "counter of nothing", "no counter", "no execution"],
+)  # fmt: skip
+def test_audit_finds_what_is_broken_on_purpose(database_url: str, statement: str, violation: str) -> None:
+    drive = Driver(database_url)
+    drive.start({**{f"a{n}": "" for n in range(WIDE)}, "end": " ".join(f"a{n}" for n in range(WIDE))})
+    assert drive.store.audit() == []
+    drive.sql(statement)
+    assert {found.violation for found in drive.store.audit()} == {violation}
+    drive.close()
