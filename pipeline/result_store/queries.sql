@@ -89,7 +89,7 @@ SELECT t.execution_id, t.task_id, t.epoch, t.worker_id, t.retries, w.retry_polic
   FROM pipeline.task_executions t JOIN pipeline.workers k USING (worker_id)
   JOIN pipeline.workflow_executions e USING (execution_id)
   JOIN pipeline.workflow_tasks w ON w.definition_id = e.definition_id AND w.task_id = t.task_id
- WHERE t.status = 'running' AND k.name = %(worker)s AND k.pid = %(pid)s
+ WHERE t.status = 'running' AND t.deadline_at IS NOT NULL AND k.name = %(worker)s AND k.pid = %(pid)s
 
 -- set_progress --
 -- Show how far an attempt is; nothing where the fence does not hold.
@@ -133,14 +133,14 @@ SELECT coalesce(max(worker_id), 0)::int AS count FROM pipeline.workers
 SELECT t.execution_id, t.task_id, t.epoch, t.worker_id, t.retries, t.started_at < pipeline.clock() - %(age)s AS settled,
        e.verdict IS NOT NULL AND (e.verdict = 'cancelled' OR e.deadline_at <= pipeline.clock()) IS TRUE AS stop
   FROM pipeline.task_executions t JOIN pipeline.workflow_executions e USING (execution_id)
- WHERE t.worker_id = %(worker_id)s AND t.status = 'running'
+ WHERE t.worker_id = %(worker_id)s AND t.status = 'running' AND t.deadline_at IS NOT NULL
 
 -- recovery_work --
 -- What needs recovery, in one look at the partial indexes: kind and how many.
 SELECT EXISTS (SELECT 1 FROM pipeline.task_executions
                 WHERE status IN ('pending', 'retry') AND due_at <= pipeline.clock()) AS due,
        EXISTS (SELECT 1 FROM pipeline.task_executions t JOIN pipeline.workers k USING (worker_id)
-                WHERE t.status = 'running' AND k.expires_at <= pipeline.clock()) AS lost,
+                WHERE t.status = 'running' AND t.deadline_at IS NOT NULL AND k.expires_at <= pipeline.clock()) AS lost,
        EXISTS (SELECT 1 FROM pipeline.task_executions
                 WHERE status = 'running' AND deadline_at <= pipeline.clock()) AS overdue,
        EXISTS (SELECT 1 FROM pipeline.workflow_executions
@@ -156,7 +156,7 @@ SELECT EXISTS (SELECT 1 FROM pipeline.task_executions
 -- Running tasks whose worker's lease ran out.
 SELECT t.execution_id, t.task_id, t.epoch, t.worker_id, t.retries
   FROM pipeline.task_executions t JOIN pipeline.workers k USING (worker_id)
- WHERE t.status = 'running' AND k.expires_at <= pipeline.clock()
+ WHERE t.status = 'running' AND t.deadline_at IS NOT NULL AND k.expires_at <= pipeline.clock()
  ORDER BY t.execution_id, t.task_id LIMIT %(limit)s
 
 -- overdue_attempts --
@@ -240,7 +240,8 @@ SELECT pipeline.drop_partitions() AS count
 -- forget_workers --
 -- Delete incarnations that ended long ago and that nothing names.
 DELETE FROM pipeline.workers k WHERE k.expires_at < pipeline.clock() - %(age)s
-   AND NOT EXISTS (SELECT 1 FROM pipeline.task_executions t WHERE t.worker_id = k.worker_id AND t.status = 'running')
+   AND NOT EXISTS (SELECT 1 FROM pipeline.task_executions t
+                    WHERE t.worker_id = k.worker_id AND t.status = 'running' AND t.deadline_at IS NOT NULL)
 
 -- get_execution --
 -- One execution.

@@ -24,6 +24,26 @@ CREATE SCHEMA pipeline;
 CREATE FUNCTION pipeline.clock() RETURNS timestamptz LANGUAGE sql STABLE AS
 $$ SELECT coalesce(nullif(current_setting('pipeline.fake_now', true), '')::timestamptz, clock_timestamp()) $$;
 
+-- What the rows of executions and tasks must be at any time. A CHECK that says so in full would be read anew from its text
+-- with each change of a row; one that calls a function is short.
+CREATE FUNCTION pipeline.fits_execution(status text, verdict text, finished_at timestamptz) RETURNS boolean
+LANGUAGE plpgsql IMMUTABLE AS $$
+BEGIN
+    RETURN CASE WHEN finished_at IS NULL THEN status IN ('pending', 'running', 'retry')
+                ELSE status IN ('success', 'failed', 'cancelled') END
+       AND (verdict IS NULL OR verdict IN ('failed', 'cancelled'));
+END $$;
+
+CREATE FUNCTION pipeline.fits_task(
+    status text, finished_at timestamptz, worker_id bigint, deadline_at timestamptz, due_at timestamptz, led_by text
+) RETURNS boolean LANGUAGE plpgsql IMMUTABLE AS $$
+BEGIN
+    RETURN CASE WHEN finished_at IS NULL THEN status IN ('pending', 'running', 'retry')
+                ELSE status IN ('success', 'failed', 'skipped', 'cancelled') END
+       AND (status <> 'running' OR worker_id IS NOT NULL AND deadline_at IS NOT NULL AND due_at IS NULL)
+       AND (led_by IS NULL OR due_at IS NOT NULL);
+END $$;
+
 CREATE TABLE pipeline.schema_versions (
     version     int PRIMARY KEY,
     name        text NOT NULL,
@@ -85,11 +105,7 @@ CREATE TABLE pipeline.workflow_executions (
     deadline_at      timestamptz,
     queue_timeout    interval,             -- how long a ready task may wait for a worker
     forgotten        boolean NOT NULL DEFAULT false,  -- its artifacts are being deleted; nobody may open it again
-    CONSTRAINT workflow_executions_status
-        CHECK (status IN ('pending', 'running', 'success', 'failed', 'cancelled', 'retry')),
-    CONSTRAINT workflow_executions_verdict CHECK (verdict IN ('failed', 'cancelled')),
-    CONSTRAINT workflow_executions_finished
-        CHECK ((finished_at IS NOT NULL) = (status IN ('success', 'failed', 'cancelled')))
+    CONSTRAINT workflow_executions_fits CHECK (pipeline.fits_execution(status, verdict, finished_at))
 ) WITH (fillfactor = 80);
 CREATE UNIQUE INDEX workflow_executions_key ON pipeline.workflow_executions (workflow_id, idempotency_key)
     WHERE idempotency_key IS NOT NULL;
@@ -134,19 +150,17 @@ CREATE TABLE pipeline.task_executions (
     error_traceback   text,
     led_by            text COLLATE "C",             -- whose message it shares; NULL: it has, or needs, one of its own
     PRIMARY KEY (execution_id, task_id),
-    CONSTRAINT task_executions_status
-        CHECK (status IN ('pending', 'running', 'retry', 'success', 'failed', 'skipped', 'cancelled')),
-    CONSTRAINT task_executions_running CHECK (status <> 'running' OR (worker_id IS NOT NULL AND due_at IS NULL)),
-    CONSTRAINT task_executions_led CHECK (led_by IS NULL OR due_at IS NOT NULL),
-    CONSTRAINT task_executions_finished
-        CHECK ((finished_at IS NOT NULL) = (status IN ('success', 'failed', 'skipped', 'cancelled')))
+    CONSTRAINT task_executions_fits CHECK (pipeline.fits_task(status, finished_at, worker_id, deadline_at, due_at, led_by))
 ) PARTITION BY RANGE (execution_id);
 CREATE TABLE pipeline.task_executions_default PARTITION OF pipeline.task_executions DEFAULT
     WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 1000,
           autovacuum_vacuum_cost_delay = 0);
 CREATE INDEX task_executions_due ON pipeline.task_executions (due_at)
     WHERE status IN ('pending', 'retry') AND due_at IS NOT NULL;
-CREATE INDEX task_executions_running ON pipeline.task_executions (worker_id) WHERE status = 'running';
+-- Only for those who name the deadline too. An attempt's end, which finds its task by the key, must not come by this index:
+-- it would walk over all that the worker has run since the last VACUUM, by a plan from when the table was empty.
+CREATE INDEX task_executions_running ON pipeline.task_executions (worker_id)
+    WHERE status = 'running' AND deadline_at IS NOT NULL;
 
 -- Attempts that were followed by another one; the last attempt of a task is its row in task_executions.
 CREATE TABLE pipeline.task_attempts (
@@ -233,15 +247,23 @@ CREATE TYPE pipeline.claimed_task AS (
 CREATE FUNCTION pipeline.share(p_definition bigint, p_tasks text[], p_together boolean)
 RETURNS TABLE (task_id text, number int, handler text, timeout double precision, led_by text) LANGUAGE plpgsql STABLE AS $$
 DECLARE
+    processes int := 0;
     each_ int := 1;
-    slow_ text[];
+    slow_ text[] := '{}';
     quick_ text[] := '{}';
+    known record;
 BEGIN
     IF p_together AND cardinality(p_tasks) > 1 THEN
-        SELECT ceil(cardinality(p_tasks)::float8 / greatest(count(*), 1)),
-               ARRAY(SELECT DISTINCT unnest(k.slow) FROM pipeline.workers k WHERE k.expires_at > pipeline.clock()),
-               ARRAY(SELECT DISTINCT unnest(k.quick) FROM pipeline.workers k WHERE k.expires_at > pipeline.clock())
-          INTO each_, slow_, quick_ FROM pipeline.workers k WHERE k.expires_at > pipeline.clock();
+        FOR known IN SELECT k.slow, k.quick FROM pipeline.workers k WHERE k.expires_at > pipeline.clock() LOOP
+            processes := processes + 1;
+            IF NOT known.slow <@ slow_ THEN
+                slow_ := slow_ || known.slow;
+            END IF;
+            IF NOT known.quick <@ quick_ THEN
+                quick_ := quick_ || known.quick;
+            END IF;
+        END LOOP;
+        each_ := ceil(cardinality(p_tasks)::float8 / greatest(processes, 1));
     END IF;
     IF each_ = 1 AND quick_ = '{}' THEN
         RETURN QUERY
@@ -465,16 +487,12 @@ BEGIN
         END IF;
     END LOOP;
     IF released <> '{}' THEN
-        IF cardinality(released) = 1 AND p_room > 0 AND NOT x.paused THEN
+        IF p_room > 0 AND NOT x.paused THEN
             next := pipeline.start_task(
                 p_execution, x.definition_id, released[1], NULL, p_worker, NULL, p_room, p_hard_limit);
         END IF;
-        IF next.task_id IS NULL THEN
+        IF next.task_id IS NULL OR cardinality(released) > 1 THEN
             ready := pipeline.make_ready(p_execution, x.definition_id, released, p_grace);
-            IF cardinality(released) > 1 AND p_room > 0 AND NOT x.paused THEN
-                next := pipeline.start_task(
-                    p_execution, x.definition_id, ready[1].task_id, ready[1].epoch, p_worker, NULL, p_room, p_hard_limit);
-            END IF;
         END IF;
     ELSIF ended THEN
         PERFORM pipeline.close_execution(p_execution, 'success');

@@ -172,6 +172,30 @@ def test_plans_made_while_tables_were_small_do_not_read_them_from_end_to_end_onc
     assert {table: after[table] - before.get(table, 0) for table in tables} == dict.fromkeys(tables, 0)
 
 
+def test_claims_and_ends_find_their_task_by_its_key_alone_also_by_plans_made_while_tables_were_empty(
+    database_url: str,
+) -> None:
+    drive = Driver(database_url)
+
+    def scans() -> int:
+        drive.sql("SELECT pg_stat_force_next_flush()")
+        ((number,),) = drive.sql(
+            "SELECT sum(idx_scan)::int FROM pg_stat_user_indexes WHERE relname LIKE 'task_executions%' AND indexrelname NOT LIKE '%pkey'"
+        )
+        return int(number)
+
+    before = scans()
+    execution = drive.start({f"t{n}": "" for n in range(30)})
+    for n in range(25, 30):
+        drive.complete(execution, f"t{n}")
+    drive.store.scatter(execution, {f"t{n}": 0 for n in range(5, 25)})
+    for task, outcome in (("t0", "success"), ("t1", "retry"), ("t2", "skipped"), ("t3", "lost"), ("t4", "failed")):
+        drive.store.set_progress(fence := drive.must_claim(execution, task), 0.5, "half")
+        drive.store.end(fence, outcome)
+    assert scans() == before
+    drive.close()
+
+
 def test_counting_down_a_join_is_a_hot_update(drive: Driver) -> None:
     def updates() -> tuple[int, int]:
         drive.sql("SELECT pg_stat_force_next_flush()")
