@@ -72,6 +72,10 @@ class Contender(ABC):
         """Submit many from several clients at once, and wait for the end of all."""
         raise CannotRun("not measured")
 
+    def run_together(self, graph: Graph, executions: int, clients: int) -> dict[str, float]:
+        """The same, where each client submits all of its own in one call."""
+        raise CannotRun("not measured")
+
     def submit(self, graph: Graph, *, known: bool) -> dict[str, float]:
         """Hand over one; `seconds` until the call returns."""
         raise CannotRun("not measured")
@@ -105,6 +109,8 @@ def measure(contender: Contender, shape: Shape) -> dict[str, Any]:
         return contender.memory(shape.graph())
     if shape.kind == "S":
         return contender.run_many(shape.graph(), shape.size, CLIENTS)
+    if shape.kind == "B":
+        return contender.run_together(shape.graph(), shape.size, CLIENTS)
     graphs = shape.graphs(Path(contender.place.graphs) if contender.place.graphs else None)
     if not graphs:
         raise CannotRun("no graphs there")

@@ -5,6 +5,7 @@ D500      a chain of 500
 L10x20    10 layers of 20, all-to-all, then a join
 N50       two chains of 50 with cross edges, then a join: no set of layers, for the second chain waits for the first
 S500      500 executions of 5 tasks (one, three, a join), submitted by 4 clients
+B500      the same, each client's in one call
 R400      real graphs of up to 400 tasks, one after the other
 submit10000, again10000   handing over 10,000 tasks: of a definition that is new, or known
 M1000     the most memory that workers hold while they run W1000
@@ -79,10 +80,10 @@ class Shape:
         Raises:
             ValueError: there is no such shape.
         """
-        found = re.fullmatch(r"(W|D|N|S|R|M|submit|again|start|idle)([1-9]\d*)|(L)([1-9]\d*)x([1-9]\d*)", name)
+        found = re.fullmatch(r"(W|D|N|S|B|R|M|submit|again|start|idle)([1-9]\d*)|(L)([1-9]\d*)x([1-9]\d*)", name)
         if found is None:
             raise ValueError(
-                f"there is no shape {name!r}: write W1000, D100, L10x10, N50, S500, R400, submit10000, start2, idle10"
+                f"there is no shape {name!r}: write W1000, D100, L10x10, N50, S500, B500, R400, submit10000, start2, idle10"
             )
         if found[3]:
             return cls(name, "L", int(found[4]), int(found[5]))
@@ -96,19 +97,20 @@ class Shape:
     @property
     def is_for_ours_alone(self) -> bool:
         """Whether it is of no use to compare, or too long for anybody else."""
-        return self.kind in ("submit", "again", "M", "start", "idle") or self.tasks >= LONG
+        return self.kind in ("B", "submit", "again", "M", "start", "idle") or self.tasks >= LONG
 
     @property
     def tasks(self) -> int:
         """Tasks of one run; 0 where that depends on files, or none is run."""
         sizes = {"W": self.size + 1, "M": self.size + 1, "submit": self.size, "again": self.size, "D": self.size,
-                 "L": self.size * self.width + 1, "N": 2 * self.size + 1, "S": self.size * SMALL}  # fmt: skip
+                 "L": self.size * self.width + 1, "N": 2 * self.size + 1, "S": self.size * SMALL,
+                 "B": self.size * SMALL}  # fmt: skip
         return sizes.get(self.kind, 0)
 
     @property
     def longest_path(self) -> int:
         """Tasks of the longest path; 0 where that depends on files, or none is run."""
-        return {"W": 2, "M": 2, "D": self.size, "L": self.size + 1, "N": self.size + 2, "S": 3}.get(self.kind, 0)
+        return {"W": 2, "M": 2, "D": self.size, "L": self.size + 1, "N": self.size + 2, "S": 3, "B": 3}.get(self.kind, 0)
 
     def graph(self) -> Graph:
         """The one graph of this shape."""
@@ -131,7 +133,7 @@ class Shape:
                 yield (a - 2,) if rung else ()
                 yield (b - 2, a) if rung else (a,)
             yield (2 * self.size - 2, 2 * self.size - 1)
-        elif self.kind == "S":
+        elif self.kind in ("S", "B"):
             yield from ((), (0,), (0,), (0,), (1, 2, 3))
         else:
             raise ValueError(f"{self.name} is not one graph")

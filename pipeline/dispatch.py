@@ -24,7 +24,7 @@ from pydantic_core import to_jsonable_python
 from pipeline.compiler import CompiledWorkflow, compile_workflow
 from pipeline.definition import RetryPolicy, TaskDefinition, WorkflowDefinition
 from pipeline.errors import BrokerUnavailable, IdempotencyConflict
-from pipeline.result_store.rows import Created, ReadyTask
+from pipeline.result_store.rows import Created, NewExecution, ReadyTask
 from pipeline.result_store.store import ResultStore
 
 log = logging.getLogger(__name__)
@@ -81,10 +81,9 @@ class Dispatcher:
         store = store or self.store
         if definition_id is None:
             definition_id = self.register(definition, store=store)
-        text = json.dumps(input_data, sort_keys=True, separators=(",", ":"), allow_nan=False)
         create = partial(
             store.create_execution, definition_id=definition_id, user_id=user_id, idempotency_key=idempotency_key,
-            input_data=input_data, input_digest=hashlib.sha256(text.encode()).hexdigest(),
+            input_data=input_data, input_digest=_digest(input_data),
             variables=definition.variables, timeout=definition.timeout, queue_timeout=definition.queue_timeout,
         )  # fmt: skip
         while (created := create(execution_id=_fresh_id())) is None:  # another execution of this day has it
@@ -92,6 +91,34 @@ class Dispatcher:
         if not created.same_work:
             raise IdempotencyConflict(idempotency_key or "", created.execution_id)
         return created
+
+    def create_many(
+        self, definition: WorkflowDefinition, inputs: Sequence[Mapping[str, Any]], *, definition_id: int | None = None,
+        user_id: str | None = None, idempotency_keys: Sequence[str | None], store: ResultStore | None = None,
+    ) -> list[Created]:  # fmt: skip
+        """Record an execution for each input, all or none; as `create` else."""
+        store = store or self.store
+        found: dict[int, Created] = {}
+        with store.link.transaction():
+            if definition_id is None:
+                definition_id = self.register(definition, store=store)
+            while missing := [n for n in range(len(inputs)) if n not in found]:
+                work = [
+                    NewExecution(
+                        execution_id=_fresh_id(), input_data=inputs[n], input_digest=_digest(inputs[n]),
+                        idempotency_key=idempotency_keys[n],
+                    )
+                    for n in missing
+                ]  # fmt: skip
+                created = store.create_executions(
+                    work, definition_id=definition_id, user_id=user_id, variables=definition.variables,
+                    timeout=definition.timeout, queue_timeout=definition.queue_timeout,
+                )  # fmt: skip
+                found |= {missing[one.number - 1]: one for one in created}
+            for n, one in found.items():
+                if not one.same_work:
+                    raise IdempotencyConflict(idempotency_keys[n] or "", one.execution_id)
+        return [found[n] for n in range(len(inputs))]
 
     def publish(self, ready: Sequence[ReadyTask]) -> None:
         """Publish tasks as one group: on Redis in one round trip.
@@ -172,7 +199,10 @@ class Dispatcher:
         """A Celery message of less than 1 KiB, also for the longest names, whatever the workflow's size."""
         args: tuple[Any, ...] = (task.execution_id, task.task_id, task.epoch)
         if others:
-            args = (*args, [value for other in others for value in (other.task_id, other.epoch)])
+            beside = [other for other in others if other.execution_id == task.execution_id]
+            args = (*args, [value for other in beside for value in (other.task_id, other.epoch)])
+            if elsewhere := [other for other in others if other.execution_id != task.execution_id]:
+                args = (*args, [v for other in elsewhere for v in (other.execution_id, other.task_id, other.epoch)])
         timeout = max(t.timeout for t in (task, *others))
         headers, properties, body, _ = self.celery.amqp.create_task_message(
             f"{task.execution_id}_{task.task_id}", task.handler, args,
@@ -182,6 +212,11 @@ class Dispatcher:
         body = (*body[:2], {})  # what canvas needs: four times nothing
         said = {k: v for k, v in headers.items() if v is not None and k not in _IDLE_HEADERS}
         return body, said, properties
+
+
+def _digest(input_data: Mapping[str, Any]) -> str:
+    text = json.dumps(input_data, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _fresh_id() -> str:
@@ -225,8 +260,8 @@ class Message:
     execution_id: str
     task_id: str
     epoch: int
-    #: further tasks with the same handler, and their epochs
-    others: tuple[tuple[str, int], ...] = ()
+    #: further tasks with the same handler: execution, id and epoch of each
+    others: tuple[tuple[str, str, int], ...] = ()
 
 
 def read_message(args: tuple[Any, ...]) -> Message:
@@ -236,13 +271,21 @@ def read_message(args: tuple[Any, ...]) -> Message:
         Ignore: it is not one of ours.
     """
     match tuple(args):
-        case (str(execution_id), str(task_id), int(epoch), *rest) if len(rest) < 2:
-            flat = rest[0] if rest else []
-            if isinstance(flat, list) and len(flat) % 2 == 0 and len(flat) <= 2 * _MOST_OTHERS:
-                named = ((task_id, epoch), *zip(flat[::2], flat[1::2], strict=True))
-                if _is_name(execution_id) and all(_is_name(task) and _is_epoch(number) for task, number in named):
-                    return Message(execution_id=execution_id, task_id=task_id, epoch=epoch, others=named[1:])
+        case (str(execution_id), str(task_id), int(epoch), *rest) if len(rest) < 3:
+            beside, elsewhere = (*rest, [], [])[:2]
+            if _is_flat(beside, 2) and _is_flat(elsewhere, 3):
+                others = (
+                    *((execution_id, *pair) for pair in zip(beside[::2], beside[1::2], strict=True)),
+                    *zip(elsewhere[::3], elsewhere[1::3], elsewhere[2::3], strict=True),
+                )
+                named = ((execution_id, task_id, epoch), *others)
+                if all(_is_name(of) and _is_name(task) and _is_epoch(number) for of, task, number in named):
+                    return Message(execution_id=execution_id, task_id=task_id, epoch=epoch, others=others)
     raise Ignore
+
+
+def _is_flat(values: Any, each: int) -> bool:
+    return isinstance(values, list) and len(values) % each == 0 and len(values) <= each * _MOST_OTHERS
 
 
 def _is_name(value: Any) -> bool:
@@ -257,11 +300,13 @@ def _messages(ready: Iterable[ReadyTask]) -> Iterator[tuple[ReadyTask, Sequence[
     """Tasks that share a message, the first of them apart. The store allows for size; epochs of three digits may not fit."""
     by_leader: dict[tuple[str, str], list[ReadyTask]] = {}
     for task in ready:
-        by_leader.setdefault((task.execution_id, task.led_by or task.task_id), []).append(task)
+        by_leader.setdefault((task.led_in or task.execution_id, task.led_by or task.task_id), []).append(task)
     for tasks in by_leader.values():
         first, others, room = tasks[0], list[ReadyTask](), _room(tasks[0])
         for task in tasks[1:]:
             room -= len(f'"{task.task_id}", {task.epoch}, ')
+            if task.execution_id != first.execution_id:
+                room -= len(f'"{task.execution_id}", ')
             if room < 0:
                 yield first, others
                 first, others, room = task, [], _room(task)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -18,8 +18,9 @@ from pipeline.errors import DatabaseUnavailable, IllegalTransition, InputError, 
 from pipeline.observe import Execution, read_execution
 from pipeline.result_store.connection import Connection, Listener
 from pipeline.result_store.rows import AttemptRow, Event, ExecutionSummary
+from pipeline.result_store.store import ResultStore
 from pipeline.states import OPEN_EXECUTIONS, TERMINAL_EXECUTIONS, ExecutionStatus, TaskStatus
-from pipeline.validation import validate, validate_input
+from pipeline.validation import validate, validate_input, validate_inputs
 
 #: seconds between two looks of a waiter that heard nothing: notifications are the fast way, this is the sure one
 _POLL = 5.0
@@ -90,26 +91,48 @@ class WorkflowEngine:
             DatabaseUnavailable: the execution may not be recorded.
         """
         _require_text(user_id=user_id, idempotency_key=idempotency_key)
-        if input_data is not None and not isinstance(input_data, Mapping):
-            what = f"is a {type(input_data).__name__}, not a mapping"
-            raise InputError((Problem(path="", what=what, source="<input>"),))
-        data = dict(input_data or {})
-        store = self.installation.store if connection is None else self.installation.store.within(connection)
-        key: int | None
-        if isinstance(workflow_def, str):
-            definition, key = self._registered(workflow_def)
-        elif connection is None:
-            definition, key = self._known(workflow_def)
-        else:
-            definition, key = self.validate(workflow_def), None
+        data = _input(input_data, "")
+        definition, key = self._to_run(workflow_def, connection)
         validate_input(definition, data, self.installation.catalogue, self.installation.limits)
         dispatcher = self.installation.dispatcher
         created = dispatcher.create(
-            definition, data, definition_id=key, user_id=user_id, idempotency_key=idempotency_key, store=store
-        )
+            definition, data, definition_id=key, user_id=user_id, idempotency_key=idempotency_key,
+            store=self._store(connection),
+        )  # fmt: skip
         if created.created and connection is None:
             dispatcher.try_publish(created.ready)
         return created.execution_id
+
+    def execute_many(
+        self, workflow_def: Workflow, inputs: Sequence[Mapping[str, Any] | None], user_id: str | None = None, *,
+        idempotency_keys: Sequence[str | None] | None = None, connection: Connection | None = None,
+    ) -> list[str]:  # fmt: skip
+        """Enqueue an execution for each input, all or none, and return their ids in the same order.
+
+        For a backfill, or wherever many small executions come at once: a hundred in one call cost a fourth of what a
+        hundred calls do, and what begins with one task shares messages. All else is as `execute_workflow` has it; where
+        `idempotency_keys` are given, one belongs to each input.
+
+        Raises:
+            InputError: with every problem of every input; nothing is recorded.
+            IdempotencyConflict: for the first key that is used already; nothing is recorded.
+            Further ones: see `execute_workflow`.
+        """
+        keys = [None] * len(inputs) if idempotency_keys is None else list(idempotency_keys)
+        if len(keys) != len(inputs):
+            what = f"{len(keys)} keys for {len(inputs)} inputs"
+            raise InputError((Problem(path="idempotency_keys", what=what, how="give one for each input, or none at all"),))
+        _require_text(user_id=user_id, **{f"idempotency_keys[{n}]": key for n, key in enumerate(keys)})
+        data = [_input(one, f"[{n}]") for n, one in enumerate(inputs)]
+        definition, key = self._to_run(workflow_def, connection)
+        validate_inputs(definition, data, self.installation.catalogue, self.installation.limits)
+        dispatcher = self.installation.dispatcher
+        created = dispatcher.create_many(
+            definition, data, definition_id=key, user_id=user_id, idempotency_keys=keys, store=self._store(connection)
+        )
+        if connection is None:
+            dispatcher.try_publish([task for one in created if one.created for task in one.ready])
+        return [one.execution_id for one in created]
 
     def wait(self, execution_id: str, timeout: float | None = None) -> Execution:
         """Wait until an execution ended; an outage of the database is waited out, once the execution was seen.
@@ -132,7 +155,9 @@ class WorkflowEngine:
                 try:
                     if listener is None:
                         listener = self.installation.store.listen("pipeline_finished")
-                    status = self.installation.store.execution_status(execution_id)
+                        status = self.installation.store.await_execution(execution_id)
+                    else:
+                        status = self.installation.store.execution_status(execution_id)
                     seen = True
                     if status in TERMINAL_EXECUTIONS:
                         return self.get_execution(execution_id)
@@ -260,6 +285,16 @@ class WorkflowEngine:
         """What people did to an execution, oldest first."""
         return self.installation.store.get_events(execution_id)
 
+    def _store(self, connection: Connection | None) -> ResultStore:
+        store = self.installation.store
+        return store if connection is None else store.within(connection)
+
+    def _to_run(self, workflow: Workflow, connection: Connection | None) -> tuple[WorkflowDefinition, int | None]:
+        """A valid definition, with its key where it is recorded outside of the caller's transaction."""
+        if isinstance(workflow, str):
+            return self._registered(workflow)
+        return self._known(workflow) if connection is None else (self.validate(workflow), None)
+
     def _known(self, workflow: WorkflowDefinition | Mapping[str, Any] | Document) -> tuple[WorkflowDefinition, int]:
         """A definition that is valid and recorded, with its key; checked once for each content."""
         if isinstance(workflow, WorkflowDefinition) and workflow.digest in self._keys:
@@ -304,6 +339,12 @@ def _garbage_left() -> Iterator[None]:
         if collecting:
             gc.enable()
         _pausing.release()
+
+
+def _input(given: Mapping[str, Any] | None, path: str) -> dict[str, Any]:
+    if given is not None and not isinstance(given, Mapping):
+        raise InputError((Problem(path=path, what=f"is a {type(given).__name__}, not a mapping", source="<input>"),))
+    return dict(given or {})
 
 
 def _require_text(**texts: str | None) -> None:

@@ -200,7 +200,7 @@ class Executor:
         named, turn = self.turns.read(message), self.turns.current
         execution_id, task_id, epoch = named.execution_id, named.task_id, named.epoch
         worker_id = self.attendant.worker_id()
-        claim = turn.claim_of(task_id, epoch) if turn is not None else None
+        claim = turn.claim_of(named) if turn is not None else None
         if self.attendant.leaving:  # nothing starts here any more
             if turn is not None:
                 turn.over = True

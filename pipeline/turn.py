@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -36,40 +36,46 @@ _LONGEST = 0.5
 class Step:
     """One task of a turn, as a message of its own would have named it."""
 
+    execution_id: str
     task_id: str
     epoch: int
     handler: str
 
 
 class Turn:
-    """The tasks that one thread runs one after another, all of one execution.
+    """The tasks that one thread runs one after another.
 
     Args:
-        execution_id: whose tasks they are.
         handler: of the tasks that the message names.
-        named: the tasks that the message names, with their epochs; the first runs at once.
+        message: names them; the first runs at once.
         room: longest timeout in seconds that the message's time limit covers.
-        scatter: gives tasks messages of their own; called from any thread.
+        scatter: gives tasks of an execution messages of their own; called from any thread.
     """
 
     def __init__(
-        self, *, execution_id: str, handler: str, named: Iterable[tuple[str, int]], room: float,
-        scatter: Callable[[str, dict[str, int]], None],
+        self, *, handler: str, message: Message, room: float, scatter: Callable[[str, dict[str, int]], None]
     ) -> None:  # fmt: skip
-        self.execution_id, self._room, self._scatter = execution_id, room, scatter
-        self._waiting = deque(Step(task_id=task, epoch=epoch, handler=handler) for task, epoch in named)
+        self._room, self._scatter = room, scatter
+        named = ((message.execution_id, message.task_id, message.epoch), *message.others)
+        self._waiting = deque(
+            Step(execution_id=execution, task_id=task, epoch=epoch, handler=handler) for execution, task, epoch in named
+        )
         #: the task that runs now
         self.step = self._waiting.popleft()
         self._began = time.monotonic()
         self._ends = self._began + _LONGEST
         self._claim: Claim | None = None
+        #: what was released by a success that may not be on disk yet
+        self._unsure: set[Step] = set()
         #: set where nothing more is to run in it
         self.over = False
 
-    def claim_of(self, task_id: str, epoch: int) -> Claim | None:
+    def claim_of(self, message: Message) -> Claim | None:
         """The claim of a task where it was made together with the end of the one before."""
         claim = self._claim
-        if claim is None or (claim.task_id, claim.epoch) != (task_id, epoch + 1):
+        if claim is None or (claim.execution_id, claim.task_id, claim.epoch - 1) != (
+            message.execution_id, message.task_id, message.epoch,
+        ):  # fmt: skip
             return None
         self._claim = None
         return claim
@@ -82,19 +88,33 @@ class Turn:
             step = self._waiting[0]
         except IndexError:
             return Follow(room=self._room)
-        return Follow(room=self._room, task_id=step.task_id, epoch=step.epoch, handler=step.handler)
+        return Follow(
+            room=self._room, execution_id=step.execution_id, task_id=step.task_id, epoch=step.epoch, handler=step.handler,
+            durable=step in self._unsure,
+        )  # fmt: skip
 
     def go_on(self, ended: Ended) -> tuple[ReadyTask, ...]:
-        """Take what was claimed, and what shares its message; returns what is left to be published."""
+        """Take what was claimed, and what shares its message or is to be kept; returns what is left to be published."""
         self._claim, self._began = ended.next, time.monotonic()
+        if ended.durable:
+            self._unsure.clear()
         claim = self._claim
         if claim is None:
             return ended.ready
-        kept = [Step(task_id=r.task_id, epoch=r.epoch, handler=r.handler) for r in ended.ready if r.led_by == claim.task_id]
-        self._waiting.extend(kept)
         with suppress(ValueError, IndexError):  # given away meanwhile
             self._waiting.remove(_step_of(claim))
-        return tuple(r for r in ended.ready if claim.task_id not in (r.task_id, r.led_by))
+        left, kept = list[ReadyTask](), list[Step]()
+        for r in ended.ready:
+            if ended.kept or (r.execution_id, r.led_by) == (claim.execution_id, claim.task_id):
+                kept.append(Step(execution_id=r.execution_id, task_id=r.task_id, epoch=r.epoch, handler=r.handler))
+            else:
+                left.append(r)
+        if ended.kept:
+            self._unsure.update(() if ended.durable else kept)
+            self._waiting.extend(kept)
+        else:
+            self._waiting.extendleft(reversed(kept))  # an execution that has begun goes before others
+        return tuple(left)
 
     def next(self) -> Step | None:
         """The task to run now; None: the turn is over, and what still waited was given away."""
@@ -102,10 +122,10 @@ class Turn:
         if self._claim is not None:
             self.step = _step_of(self._claim)
             return self.step
-        if self.over or self._began > self._ends:
-            self.give_away()
-            return None
         try:
+            if self.over or self._began > self._ends or self._waiting[0] in self._unsure:
+                self.give_away()
+                return None
             self.step = self._waiting.popleft()
         except IndexError:
             return None
@@ -120,19 +140,19 @@ class Turn:
 
     def give_away(self) -> None:
         """Give what waits messages of its own."""
-        given: dict[str, int] = {}
+        given: dict[str, dict[str, int]] = {}
         while True:
             try:
                 step = self._waiting.popleft()
             except IndexError:
                 break
-            given[step.task_id] = step.epoch
-        if given:
-            self._scatter(self.execution_id, given)
+            given.setdefault(step.execution_id, {})[step.task_id] = step.epoch
+        for execution_id, tasks in given.items():
+            self._scatter(execution_id, tasks)
 
 
 def _step_of(claim: Claim) -> Step:
-    return Step(task_id=claim.task_id, epoch=claim.epoch - 1, handler=claim.handler)
+    return Step(execution_id=claim.execution_id, task_id=claim.task_id, epoch=claim.epoch - 1, handler=claim.handler)
 
 
 class Turns:
@@ -169,7 +189,7 @@ class Turns:
                 answer = trace(uuid, args, kwargs, request)
                 self._reporter.ended(uuid, answer, alone=True)
                 while (step := turn.next()) is not None:
-                    self._follow(turn, step, request)
+                    self._follow(step, request)
                 return answer
             finally:
                 self._local.turn = None
@@ -185,7 +205,7 @@ class Turns:
         turn = self.current
         if turn is None:
             return read_message(args)
-        return Message(execution_id=turn.execution_id, task_id=turn.step.task_id, epoch=turn.step.epoch)
+        return Message(execution_id=turn.step.execution_id, task_id=turn.step.task_id, epoch=turn.step.epoch)
 
     def watch(self, turn: Turn) -> None:
         """See to it that nothing waits for long."""
@@ -200,15 +220,18 @@ class Turns:
             return None
         hard_limit, _ = request.get("timelimit") or (None, None)
         turn = Turn(
-            execution_id=message.execution_id, handler=handler, named=((message.task_id, message.epoch), *message.others),
-            room=max(0.0, (hard_limit or 0.0) - 2 * self._dispatcher.hard_limit), scatter=self._scatter,
+            handler=handler, message=message, scatter=self._scatter,
+            room=max(0.0, (hard_limit or 0.0) - 2 * self._dispatcher.hard_limit),
         )  # fmt: skip
         self.watch(turn)
         return turn
 
-    def _follow(self, turn: Turn, step: Step, request: dict[str, Any]) -> None:
-        uuid, args = f"{turn.execution_id}_{step.task_id}", (turn.execution_id, step.task_id, step.epoch)
-        own = {**request, "id": uuid, "task": step.handler, "args": args, "argsrepr": f"epoch {step.epoch}"}
+    def _follow(self, step: Step, request: dict[str, Any]) -> None:
+        uuid, args = f"{step.execution_id}_{step.task_id}", (step.execution_id, step.task_id, step.epoch)
+        own = {
+            **request, "id": uuid, "task": step.handler, "args": args, "argsrepr": f"epoch {step.epoch}",
+            "root_id": step.execution_id,
+        }  # fmt: skip
         self._reporter.started(uuid, step.handler, own)
         answer = self._dispatcher.celery.tasks[step.handler].tracer(uuid, args, {}, own)
         self._reporter.ended(uuid, answer, alone=False)

@@ -7,7 +7,8 @@ already told is not told again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jsonschema_rs
@@ -22,7 +23,7 @@ from pipeline.errors import DefinitionError, InputError, Problem
 from pipeline.problems import Problems, clip, is_json, schema_validator
 from pipeline.templates import Path, has_templates, references
 
-__all__ = ["Limits", "check", "json_schema", "validate", "validate_input"]
+__all__ = ["Limits", "check", "json_schema", "validate", "validate_input", "validate_inputs"]
 
 _BY_REFERENCE = "hand on large data as an artifact"
 
@@ -86,6 +87,30 @@ def validate_input(
     Raises:
         InputError: with every problem.
     """
+    if problems := _input_problems(definition, input_data, _needed_input(definition, catalogue), limits):
+        raise InputError(problems)
+
+
+def validate_inputs(
+    definition: WorkflowDefinition, inputs: Sequence[Any], catalogue: Catalogue | None, limits: Limits = DEFAULT_LIMITS
+) -> None:
+    """Check the inputs of several executions.
+
+    Raises:
+        InputError: with every problem of all; the place begins with the input's, as `[3].day`.
+    """
+    needed, problems = _needed_input(definition, catalogue), list[Problem]()
+    for number, input_data in enumerate(inputs):
+        for problem in _input_problems(definition, input_data, needed, limits):
+            inside = problem.path if problem.path.startswith("[") or not problem.path else f".{problem.path}"
+            problems.append(replace(problem, path=f"[{number}]{inside}", source="<inputs>"))
+    if problems:
+        raise InputError(tuple(problems))
+
+
+def _input_problems(
+    definition: WorkflowDefinition, input_data: Any, needed: Mapping[str, Sequence[str]], limits: Limits
+) -> tuple[Problem, ...]:
     found = Problems(Document(data=input_data, source="<input>"))
     if not isinstance(input_data, dict):
         found.add((), f"the input must be a JSON object, found {type(input_data).__name__}")
@@ -96,12 +121,11 @@ def validate_input(
             told: set[str] = set()
             if definition.input_schema is not None:
                 told = found.schema(schema_validator(definition.input_schema), input_data, (), "")
-            for name, tasks in _needed_input(definition, catalogue).items():
+            for name, tasks in needed.items():
                 if name not in input_data and name not in told:
                     users = ", ".join(tasks[:5]) + (f" and {len(tasks) - 5} more" if len(tasks) > 5 else "")
                     found.add((name,), f"{name} is missing: needed by {users}", "add it to the input")
-    if problems := found.sorted():
-        raise InputError(problems)
+    return found.sorted()
 
 
 def json_schema() -> dict[str, Any]:

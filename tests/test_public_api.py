@@ -44,6 +44,7 @@ def test_public_methods_are_explained(name: str) -> None:
     ("method", "parameters"),
     [
         ("execute_workflow", ["workflow_def", "input_data", "user_id", "idempotency_key", "connection"]),
+        ("execute_many", ["workflow_def", "inputs", "user_id", "idempotency_keys", "connection"]),
         ("wait", ["execution_id", "timeout"]),
         ("get_execution", ["execution_id"]),
         ("cancel", ["execution_id", "user_id"]),

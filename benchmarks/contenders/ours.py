@@ -99,13 +99,19 @@ class Ours(Contender):
         return {"seconds": answer["seconds"], "megabytes": memory.peak}
 
     def run_many(self, graph: Graph, executions: int, clients: int) -> dict[str, float]:
+        return self._run_small(graph, executions, clients, together=False)
+
+    def run_together(self, graph: Graph, executions: int, clients: int) -> dict[str, float]:
+        return self._run_small(graph, executions, clients, together=True)
+
+    def _run_small(self, graph: Graph, executions: int, clients: int, *, together: bool) -> dict[str, float]:
         self._have(1)
         prepared = self.prepare(graph)
         context = multiprocessing.get_context("spawn")
         start, over, submitted = context.Barrier(clients + 1), context.Event(), context.SimpleQueue()
         each = [executions // clients + (number < executions % clients) for number in range(clients)]
         started = [
-            context.Process(target=_client, args=(self.settings, graph, count, start, over, submitted))
+            context.Process(target=_client, args=(self.settings, graph, count, together, start, over, submitted))
             for count in each
         ]
         for client in started:
@@ -185,13 +191,18 @@ def _definition(graph: Graph, name: str) -> dict[str, Any]:
     return {"id": name, "version": "1", "tasks": tasks}
 
 
-def _client(settings: Settings, graph: Graph, executions: int, start: Any, over: Any, submitted: Any) -> None:
+def _client(
+    settings: Settings, graph: Graph, executions: int, together: bool, start: Any, over: Any, submitted: Any
+) -> None:  # fmt: skip
     with WorkflowEngine(settings=settings) as engine:
         # a client that has lived for a while
         engine.wait(engine.execute_workflow(_definition(graph, f"{graph.name}-before")))
         definition = engine.register(_definition(graph, graph.name))
         start.wait()
-        for _ in range(executions):
-            engine.execute_workflow(definition)
+        if together:
+            engine.execute_many(definition, [{}] * executions)
+        else:
+            for _ in range(executions):
+                engine.execute_workflow(definition)
         submitted.put(time.time())
         over.wait()  # its end would take CPU from what is measured

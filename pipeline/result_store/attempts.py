@@ -46,7 +46,8 @@ class Attempts(Door):
         """Record a success and claim what its worker goes on with, as far as `follow` allows."""
         (ended,) = self._all(
             "complete_task", rows.Ended, **fence_of(fence), result=jsonb(result), grace=self.grace, room=follow.room,
-            next_task=follow.task_id, next_epoch=follow.epoch, handler=follow.handler, hard_limit=self.hard_limit * 3,
+            next_execution=follow.execution_id, next_task=follow.task_id, next_epoch=follow.epoch, handler=follow.handler,
+            hard_limit=self.hard_limit * 3, durable=follow.durable,
         )  # fmt: skip
         return self.end(fence, "success", result=result) if ended.outcome == "again" else ended
 

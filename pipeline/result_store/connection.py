@@ -15,6 +15,7 @@ from typing import Any, Protocol, Self, TypeVar
 
 import psycopg
 from psycopg import sql
+from psycopg.pq import TransactionStatus
 from psycopg.rows import class_row, tuple_row
 
 from pipeline.errors import DatabaseUnavailable, SchemaMismatch
@@ -194,7 +195,10 @@ class Borrowed:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """A savepoint of the caller's transaction."""
+        """A savepoint of the caller's transaction, which psycopg would end with ours where nothing has begun it yet."""
+        with translated():
+            if not self.borrowed.autocommit and self.borrowed.info.transaction_status == TransactionStatus.IDLE:
+                self.borrowed.execute("SELECT 1")
         with translated(), self.borrowed.transaction():
             yield
 

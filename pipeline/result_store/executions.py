@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -32,6 +32,17 @@ class Executions(Door):
             grace=self.grace,
         )  # fmt: skip
 
+    def create_executions(
+        self, work: Sequence[rows.NewExecution], *, definition_id: int, user_id: str | None, variables: Mapping[str, Any],
+        timeout: float | None, queue_timeout: float | None = None,
+    ) -> list[rows.Created]:  # fmt: skip
+        """Record several executions of a definition, as `create_execution` does one; what would give None is left out."""
+        return self._all(
+            "create_executions", rows.Created, work=jsonb([asdict(new) for new in work]), definition_id=definition_id,
+            user_id=user_id, variables=jsonb(variables), timeout=_seconds(timeout), queue_timeout=_seconds(queue_timeout),
+            grace=self.grace,
+        )  # fmt: skip
+
     def execution_status(self, execution_id: str) -> ExecutionStatus:
         """Only the status.
 
@@ -39,6 +50,14 @@ class Executions(Door):
             ExecutionNotFound: there is none.
         """
         return ExecutionStatus(_known(self._one("execution_status", _Status, execution_id=execution_id), execution_id))
+
+    def await_execution(self, execution_id: str) -> ExecutionStatus:
+        """The status; from then on, who listens to `pipeline_finished` hears of the end.
+
+        Raises:
+            ExecutionNotFound: there is none.
+        """
+        return ExecutionStatus(_known(self._one("await_execution", _Status, execution_id=execution_id), execution_id))
 
     def get_execution(self, execution_id: str) -> rows.ExecutionRow:
         """One execution without its tasks.

@@ -44,14 +44,16 @@ SELECT d.definition_id, d.definition::text AS definition
 -- Record an execution, its state, all its tasks and counters.
 SELECT c.created, c.execution_id, c.same_work, to_json(c.ready) AS ready FROM pipeline.create_execution(
     %(execution_id)s, %(definition_id)s, %(user_id)s, %(idempotency_key)s, %(input_data)s, %(input_digest)s,
-    %(variables)s, %(timeout)s, %(queue_timeout)s, %(grace)s) c
+    %(variables)s, %(timeout)s, %(queue_timeout)s, %(grace)s, NULL) c
+
+-- create_executions --
+-- Record several executions of one definition; no row for one whose id belongs to another.
+SELECT c.number, c.created, c.execution_id, c.same_work, to_json(c.ready) AS ready FROM pipeline.create_executions(
+    %(definition_id)s, %(user_id)s, %(work)s, %(variables)s, %(timeout)s, %(queue_timeout)s, %(grace)s) c
 
 -- claim_task --
 -- Take a task for this worker's incarnation; no row where the message was stale. `with_state` brings what never changes.
-SELECT c.*, (SELECT jsonb_build_object('workflow_id', e.workflow_id, 'created_by', e.created_by,
-                                       'variables', s.variables, 'input_data', s.input_data)
-               FROM pipeline.workflow_executions e JOIN pipeline.workflow_states s USING (execution_id)
-              WHERE e.execution_id = %(execution_id)s AND %(with_state)s) AS state
+SELECT c.*, CASE WHEN %(with_state)s THEN pipeline.state_of(c.execution_id) END AS state
   FROM pipeline.claim_task(
     %(execution_id)s, %(task_id)s, %(epoch)s, %(worker_id)s, %(handler)s, %(hard_limit)s) c
 
@@ -67,11 +69,12 @@ SELECT task_id, result FROM pipeline.task_executions
  WHERE execution_id = %(execution_id)s AND task_id = ANY (%(task_ids)s)
 
 -- complete_task --
--- Record a success along the straight path, and claim what this worker goes on with.
-SELECT c.outcome, to_json(c.ready) AS ready, CASE WHEN (c.next).task_id IS NOT NULL THEN to_json(c.next) END AS next
+-- Record a success along the straight path, and claim what this worker goes on with; of another execution with its state.
+SELECT c.outcome, to_json(c.ready) AS ready, CASE WHEN (c.next).task_id IS NOT NULL THEN to_json(c.next) END AS next, c.state,
+       c.kept, c.durable
   FROM pipeline.complete_task(
     %(execution_id)s, %(task_id)s, %(epoch)s, %(worker_id)s, %(result)s, %(grace)s,
-    %(room)s, %(next_task)s, %(next_epoch)s, %(handler)s, %(hard_limit)s) c
+    %(room)s, %(next_execution)s, %(next_task)s, %(next_epoch)s, %(handler)s, %(hard_limit)s, %(durable)s) c
 
 -- scatter --
 -- A message of its own for each of these tasks.
@@ -242,6 +245,10 @@ SELECT pipeline.drop_partitions() AS count
 DELETE FROM pipeline.workers k WHERE k.expires_at < pipeline.clock() - %(age)s
    AND NOT EXISTS (SELECT 1 FROM pipeline.task_executions t
                     WHERE t.worker_id = k.worker_id AND t.status = 'running' AND t.deadline_at IS NOT NULL)
+
+-- await_execution --
+-- Its status; from then on its end is told to those who listen.
+UPDATE pipeline.workflow_executions SET awaited = true WHERE execution_id = %(execution_id)s RETURNING status
 
 -- get_execution --
 -- One execution.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -20,12 +21,25 @@ class ReadyTask:
     timeout: float
     #: whose message it shares
     led_by: str | None = None
+    #: of which execution, where that is another
+    led_in: str | None = None
 
 
 def _read_ready(answer: Created | Ended) -> None:
     """The driver gives JSON: a list, or nothing."""
     if not isinstance(answer.ready, tuple):
         object.__setattr__(answer, "ready", tuple(ReadyTask(**task) for task in answer.ready or ()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewExecution:
+    """What distinguishes an execution from others of its workflow that are recorded with it."""
+
+    execution_id: str
+    input_data: Mapping[str, Any]
+    #: of the input's canonical JSON
+    input_digest: str
+    idempotency_key: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +52,8 @@ class Created:
     #: whether definition and input are those of the execution that the key belongs to
     same_work: bool
     ready: tuple[ReadyTask, ...] = ()
+    #: place among those that were recorded together, from 1 on
+    number: int = 1
 
     def __post_init__(self) -> None:
         _read_ready(self)
@@ -57,6 +73,7 @@ class State:
 class Claim:
     """A task that is now this worker's."""
 
+    execution_id: str
     task_id: str
     handler: str
     epoch: int
@@ -123,9 +140,12 @@ class Follow:
     #: seconds; no task with a longer timeout may follow, none at all where it is 0
     room: float
     #: another task of the same message, for where nothing was released
+    execution_id: str | None = None
     task_id: str | None = None
     epoch: int | None = None
     handler: str | None = None
+    #: whether all that was recorded so far has to be on disk before the worker goes on
+    durable: bool = False
 
 
 NOTHING = Follow(room=0.0)
@@ -142,11 +162,17 @@ class Ended:
     ready: tuple[ReadyTask, ...]
     #: what the worker goes on with, claimed already
     next: Claim | None = None
+    #: of the execution of `next`, where that is another
+    state: dict[str, Any] | None = None
+    #: whether `ready` is for the worker to keep: one message's tasks, of which nobody else hears
+    kept: bool = False
+    #: whether all that was recorded up to now is on disk
+    durable: bool = True
 
     def __post_init__(self) -> None:
         _read_ready(self)
         if isinstance(self.next, dict):
-            object.__setattr__(self, "next", Claim(**self.next))
+            object.__setattr__(self, "next", Claim(**self.next, state=self.state))
 
 
 @dataclass(frozen=True, kw_only=True)

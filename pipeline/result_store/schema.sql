@@ -13,10 +13,11 @@
 -- Locks. Whoever moves one task along the straight path (claim, success) holds the execution's advisory lock shared;
 -- whoever changes the execution as a whole (failure, skip, retry, loss, cancel, pause, resume, retry of the execution)
 -- holds it exclusively and then needs no care for rivals. On the straight path rows are locked in one order: own task,
--- counters by number, released tasks in topological order, the execution last.
+-- counters by number, released tasks in topological order, the execution last. Whoever holds the lock of one execution does
+-- not wait for another's.
 --
 -- Straight-path commits that release nothing may be asynchronous: WAL is sequential, so the commit that releases a
--- successor makes all earlier ones durable before anything is published.
+-- successor makes all earlier ones durable before anything is published, or started that builds on them.
 
 CREATE SCHEMA pipeline;
 
@@ -105,6 +106,7 @@ CREATE TABLE pipeline.workflow_executions (
     deadline_at      timestamptz,
     queue_timeout    interval,             -- how long a ready task may wait for a worker
     forgotten        boolean NOT NULL DEFAULT false,  -- its artifacts are being deleted; nobody may open it again
+    awaited          boolean NOT NULL DEFAULT false,  -- somebody listens for its end
     CONSTRAINT workflow_executions_fits CHECK (pipeline.fits_execution(status, verdict, finished_at))
 ) WITH (fillfactor = 80);
 CREATE UNIQUE INDEX workflow_executions_key ON pipeline.workflow_executions (workflow_id, idempotency_key)
@@ -149,6 +151,7 @@ CREATE TABLE pipeline.task_executions (
     error_message     text,                         -- of a skipped task: why
     error_traceback   text,
     led_by            text COLLATE "C",             -- whose message it shares; NULL: it has, or needs, one of its own
+    led_in            text COLLATE "C",             -- of which execution, where that is another; without led_by it says nothing
     PRIMARY KEY (execution_id, task_id),
     CONSTRAINT task_executions_fits CHECK (pipeline.fits_task(status, finished_at, worker_id, deadline_at, due_at, led_by))
 ) PARTITION BY RANGE (execution_id);
@@ -232,12 +235,29 @@ $$ SELECT hashtextextended(p_execution, 20) $$;
 
 -- A task that a worker may claim, as the publisher needs it.
 CREATE TYPE pipeline.ready_task AS (
-    execution_id text, task_id text, epoch int, handler text, timeout double precision, led_by text);
+    execution_id text, task_id text, epoch int, handler text, timeout double precision, led_by text, led_in text);
 
 -- A task that was just claimed, as its worker needs it; with the results of its dependencies where they are few and small.
 CREATE TYPE pipeline.claimed_task AS (
-    task_id text, handler text, epoch int, attempt int, retries int, params json, results jsonb,
+    execution_id text, task_id text, handler text, epoch int, attempt int, retries int, params json, results jsonb,
     timeout double precision, dependencies text[], retry_policy json);
+
+-- How many processes could run tasks now, and which handlers they know to be slow, or quick.
+CREATE FUNCTION pipeline.fleet(OUT processes int, OUT slow text[], OUT quick text[]) LANGUAGE plpgsql STABLE AS $$
+DECLARE
+    known record;
+BEGIN
+    processes := 0; slow := '{}'; quick := '{}';
+    FOR known IN SELECT k.slow, k.quick FROM pipeline.workers k WHERE k.expires_at > pipeline.clock() LOOP
+        processes := processes + 1;
+        IF NOT known.slow <@ slow THEN
+            slow := slow || known.slow;
+        END IF;
+        IF NOT known.quick <@ quick THEN
+            quick := quick || known.quick;
+        END IF;
+    END LOOP;
+END $$;
 
 -- Tasks that become ready together, in topological order, and which of them share a message: the first of each leads, the
 -- others are led by it. There are as many messages as processes that could run them, and no more than one for four tasks of
@@ -247,23 +267,13 @@ CREATE TYPE pipeline.claimed_task AS (
 CREATE FUNCTION pipeline.share(p_definition bigint, p_tasks text[], p_together boolean)
 RETURNS TABLE (task_id text, number int, handler text, timeout double precision, led_by text) LANGUAGE plpgsql STABLE AS $$
 DECLARE
-    processes int := 0;
     each_ int := 1;
-    slow_ text[] := '{}';
+    slow_ text[];
     quick_ text[] := '{}';
-    known record;
 BEGIN
     IF p_together AND cardinality(p_tasks) > 1 THEN
-        FOR known IN SELECT k.slow, k.quick FROM pipeline.workers k WHERE k.expires_at > pipeline.clock() LOOP
-            processes := processes + 1;
-            IF NOT known.slow <@ slow_ THEN
-                slow_ := slow_ || known.slow;
-            END IF;
-            IF NOT known.quick <@ quick_ THEN
-                quick_ := quick_ || known.quick;
-            END IF;
-        END LOOP;
-        each_ := ceil(cardinality(p_tasks)::float8 / greatest(processes, 1));
+        SELECT ceil(cardinality(p_tasks)::float8 / greatest(f.processes, 1)), f.slow, f.quick INTO each_, slow_, quick_
+          FROM pipeline.fleet() f;
     END IF;
     IF each_ = 1 AND quick_ = '{}' THEN
         RETURN QUERY
@@ -291,10 +301,10 @@ END $$;
 
 -- Record an execution of a stored definition with all its tasks and counters, and return those that are ready. One
 -- transaction with whatever the caller's connection has open. `created` is false where the idempotency key was used before;
--- no row where the id belongs to another execution.
+-- no row where the id belongs to another execution. With p_leader, its only first task shares that task's message.
 CREATE FUNCTION pipeline.create_execution(
     p_execution text, p_definition bigint, p_user text, p_key text, p_input jsonb, p_input_digest text,
-    p_variables jsonb, p_deadline interval, p_queue_timeout interval, p_grace interval
+    p_variables jsonb, p_deadline interval, p_queue_timeout interval, p_grace interval, p_leader pipeline.ready_task
 ) RETURNS TABLE (created boolean, execution_id text, same_work boolean, ready pipeline.ready_task[]) LANGUAGE plpgsql AS $$
 DECLARE
     now_ timestamptz := pipeline.clock();  -- asked for each task, it would take as long as a sixth of the whole
@@ -323,9 +333,11 @@ BEGIN
                     WHERE t.definition_id = p_definition AND t.waits_for = '{}');
     WITH first AS MATERIALIZED (SELECT * FROM pipeline.share(p_definition, entry, p_grace > '0')),
     made AS (
-        INSERT INTO pipeline.task_executions (execution_id, task_id, handler, ready_at, due_at, hints, led_by)
-        SELECT p_execution, f.task_id, f.handler, now_, now_ + p_grace, (p_grace > '0')::int, f.led_by FROM first f)
-    SELECT array_agg((p_execution, f.task_id, 0, f.handler, f.timeout, f.led_by)::pipeline.ready_task ORDER BY f.number)
+        INSERT INTO pipeline.task_executions (execution_id, task_id, handler, ready_at, due_at, hints, led_by, led_in)
+        SELECT p_execution, f.task_id, f.handler, now_, now_ + p_grace, (p_grace > '0')::int,
+               coalesce(p_leader.task_id, f.led_by), p_leader.execution_id FROM first f)
+    SELECT array_agg((p_execution, f.task_id, 0, f.handler, f.timeout, coalesce(p_leader.task_id, f.led_by),
+                      p_leader.execution_id)::pipeline.ready_task ORDER BY f.number)
       INTO ready FROM first f;
     INSERT INTO pipeline.task_executions (execution_id, task_id, handler)
         SELECT p_execution, t.task_id, t.handler
@@ -338,6 +350,46 @@ BEGIN
             SELECT n.slot, n.tasks FROM unnest(h.slots) WITH ORDINALITY n (tasks, slot)) s
          WHERE h.definition_id = p_definition;
     RETURN QUERY SELECT true, p_execution, true, ready;
+END $$;
+
+-- Record several executions of a definition; `number` is the place in p_work, a list of execution_id, idempotency_key,
+-- input_data and input_digest. Where each begins with one task, several of these share a message, by the rules of `share`.
+CREATE FUNCTION pipeline.create_executions(
+    p_definition bigint, p_user text, p_work jsonb, p_variables jsonb, p_deadline interval, p_queue_timeout interval,
+    p_grace interval
+) RETURNS TABLE (number int, created boolean, execution_id text, same_work boolean, ready pipeline.ready_task[])
+LANGUAGE plpgsql AS $$
+DECLARE
+    known record;
+    given record;
+    made record;
+    leader pipeline.ready_task;
+    each_ int := 1;
+    led int := 0;
+BEGIN
+    SELECT f.* INTO known FROM pipeline.fleet() f WHERE p_grace > '0';
+    FOR given IN SELECT w.* FROM ROWS FROM (jsonb_to_recordset(p_work) AS (
+            execution_id text, idempotency_key text, input_data jsonb, input_digest text)) WITH ORDINALITY w LOOP
+        SELECT c.* INTO made FROM pipeline.create_execution(
+            given.execution_id, p_definition, p_user, given.idempotency_key, given.input_data, given.input_digest,
+            p_variables, p_deadline, p_queue_timeout, p_grace, CASE WHEN led < each_ - 1 THEN leader END) c;
+        CONTINUE WHEN NOT FOUND;
+        number := given.ordinality; created := made.created; execution_id := made.execution_id;
+        same_work := made.same_work; ready := made.ready;
+        RETURN NEXT;
+        CONTINUE WHEN known.processes IS NULL OR cardinality(made.ready) IS DISTINCT FROM 1;
+        IF made.ready[1].led_in IS NOT NULL THEN
+            led := led + 1;
+        ELSIF made.ready[1].handler <> ALL (known.slow) THEN
+            leader := made.ready[1];
+            led := 0;
+            each_ := least(
+                greatest(ceil(jsonb_array_length(p_work)::float8 / greatest(known.processes, 1))::int,
+                         CASE WHEN leader.handler = ANY (known.quick) THEN 4 END),
+                1 + floor((330 - 3.5 * octet_length(leader.task_id) - octet_length(leader.handler)) * 0.74
+                          / (octet_length(leader.execution_id) + octet_length(leader.task_id) + 12))::int);
+        END IF;
+    END LOOP;
 END $$;
 
 -- Where the tasks of a plan are counted.
@@ -379,7 +431,7 @@ BEGIN
        AND w.definition_id = p_definition AND w.task_id = p_task AND w.timeout <= p_room
        AND k.worker_id = p_worker AND k.expires_at > now_
        AND (t.handler = p_handler OR p_handler IS NULL AND t.handler = ANY (k.handlers))
-    RETURNING t.task_id, t.handler, t.epoch, t.attempt, t.retries,
+    RETURNING t.execution_id, t.task_id, t.handler, t.epoch, t.attempt, t.retries,
               coalesce(t.params::json, w.params),
               CASE WHEN cardinality(w.dependencies) BETWEEN 1 AND 16 THEN (
                   SELECT CASE WHEN coalesce(sum(CASE WHEN pg_column_size(r.result) > 8192 THEN 8193  -- compressed
@@ -392,49 +444,88 @@ BEGIN
     RETURN started;
 END $$;
 
--- Give the task to a worker's incarnation, or return no row: the message was stale, doubled or forged, or the
--- execution takes no claims. A repeat of a claim whose answer was lost gives the same row again.
-CREATE FUNCTION pipeline.claim_task(
-    p_execution text, p_task text, p_epoch int, p_worker bigint, p_handler text, p_hard_limit interval
-) RETURNS SETOF pipeline.claimed_task LANGUAGE plpgsql AS $$
+-- Give the task to a worker's incarnation, or return NULL: the message was stale, doubled or forged, or the execution
+-- takes no claims. The caller holds the execution's lock.
+CREATE FUNCTION pipeline.take_task(
+    p_execution text, p_task text, p_epoch int, p_worker bigint, p_handler text, p_room double precision,
+    p_hard_limit interval
+) RETURNS pipeline.claimed_task LANGUAGE plpgsql AS $$
 DECLARE
     x record;
     started pipeline.claimed_task;
 BEGIN
-    PERFORM set_config('synchronous_commit', 'off', true);  -- a forgotten claim is only a second attempt
-    PERFORM pg_advisory_xact_lock_shared(pipeline.lock_key(p_execution));
     SELECT e.definition_id, e.status, e.verdict, e.paused INTO x
       FROM pipeline.workflow_executions e WHERE e.execution_id = p_execution;
     IF NOT FOUND OR x.paused OR x.verdict IS NOT NULL OR x.status NOT IN ('pending', 'running', 'retry') THEN
-        RETURN;
+        RETURN NULL;
     END IF;
     started := pipeline.start_task(
-        p_execution, x.definition_id, p_task, p_epoch, p_worker, p_handler, 'infinity', p_hard_limit);
-    IF started.task_id IS NULL THEN
-        RETURN QUERY SELECT t.task_id, t.handler, t.epoch, t.attempt, t.retries, coalesce(t.params::json, w.params),
-                            NULL::jsonb, w.timeout, w.dependencies, w.retry_policy
-            FROM pipeline.task_executions t
-            JOIN pipeline.workflow_tasks w ON w.definition_id = x.definition_id AND w.task_id = t.task_id
-            WHERE t.execution_id = p_execution AND t.task_id = p_task AND t.epoch = p_epoch + 1
-              AND t.handler = p_handler AND t.status = 'running' AND t.worker_id = p_worker;
-        RETURN;
-    END IF;
-    IF x.status IN ('pending', 'retry') THEN
+        p_execution, x.definition_id, p_task, p_epoch, p_worker, p_handler, p_room, p_hard_limit);
+    IF started.task_id IS NOT NULL AND x.status IN ('pending', 'retry') THEN
         UPDATE pipeline.workflow_executions e
            SET status = 'running', started_at = coalesce(e.started_at, pipeline.clock())
          WHERE e.execution_id = p_execution AND e.status IN ('pending', 'retry');
     END IF;
-    RETURN NEXT started;
+    RETURN started;
+END $$;
+
+-- The claim of a task that a worker's incarnation made already: told again where the answer was lost.
+CREATE FUNCTION pipeline.taken_before(
+    p_execution text, p_task text, p_epoch int, p_worker bigint, p_handler text, p_room double precision
+) RETURNS pipeline.claimed_task LANGUAGE plpgsql STABLE AS $$
+DECLARE
+    taken pipeline.claimed_task;
+BEGIN
+    SELECT t.execution_id, t.task_id, t.handler, t.epoch, t.attempt, t.retries, coalesce(t.params::json, w.params),
+           NULL::jsonb, w.timeout, w.dependencies, w.retry_policy INTO taken
+      FROM pipeline.task_executions t
+      JOIN pipeline.workflow_executions e USING (execution_id)
+      JOIN pipeline.workflow_tasks w ON w.definition_id = e.definition_id AND w.task_id = t.task_id
+     WHERE t.execution_id = p_execution AND t.task_id = p_task AND t.epoch = p_epoch + 1
+       AND t.handler = p_handler AND t.status = 'running' AND t.worker_id = p_worker
+       AND w.timeout <= p_room AND e.verdict IS NULL AND NOT e.paused;
+    RETURN taken;
+END $$;
+
+-- What every task of an execution may read; it never changes.
+CREATE FUNCTION pipeline.state_of(p_execution text) RETURNS jsonb LANGUAGE plpgsql STABLE AS $$
+BEGIN
+    RETURN (SELECT jsonb_build_object('workflow_id', e.workflow_id, 'created_by', e.created_by,
+                                      'variables', s.variables, 'input_data', s.input_data)
+              FROM pipeline.workflow_executions e JOIN pipeline.workflow_states s USING (execution_id)
+             WHERE e.execution_id = p_execution);
+END $$;
+
+-- What a message asks for: the task, or no row.
+CREATE FUNCTION pipeline.claim_task(
+    p_execution text, p_task text, p_epoch int, p_worker bigint, p_handler text, p_hard_limit interval
+) RETURNS SETOF pipeline.claimed_task LANGUAGE plpgsql AS $$
+DECLARE
+    taken pipeline.claimed_task;
+BEGIN
+    PERFORM set_config('synchronous_commit', 'off', true);  -- a forgotten claim is only a second attempt
+    PERFORM pg_advisory_xact_lock_shared(pipeline.lock_key(p_execution));
+    taken := pipeline.take_task(p_execution, p_task, p_epoch, p_worker, p_handler, 'infinity', p_hard_limit);
+    IF taken.task_id IS NULL THEN
+        taken := pipeline.taken_before(p_execution, p_task, p_epoch, p_worker, p_handler, 'infinity');
+    END IF;
+    IF taken.task_id IS NOT NULL THEN
+        RETURN NEXT taken;
+    END IF;
 END $$;
 
 -- Record a success and return what it released. The straight path: outcome is `done`; `stale` where the fence does
 -- not hold; `again` where the execution needs the careful path (end_task) and nothing was changed.
 -- With p_room, the longest timeout that may follow, the worker goes on at once: `next` is claimed for it, the first task
--- that was released or, where none was, p_next with the epoch and handler of the message that named it.
+-- that was released or, where none was, p_next of p_next_execution with the epoch and handler of the message that named it.
+-- A task of another execution goes before what was released, which the worker then keeps for later where one message would
+-- do for it. Nothing of that is seen outside, so the commit is asynchronous: `durable` is false, and the worker starts what
+-- it keeps only after a call that was durable, as one with p_durable is. So many executions share one wait for the disk.
 CREATE FUNCTION pipeline.complete_task(
     p_execution text, p_task text, p_epoch int, p_worker bigint, p_result jsonb, p_grace interval,
-    p_room double precision, p_next text, p_next_epoch int, p_handler text, p_hard_limit interval,
-    OUT outcome text, OUT ready pipeline.ready_task[], OUT next pipeline.claimed_task
+    p_room double precision, p_next_execution text, p_next text, p_next_epoch int, p_handler text, p_hard_limit interval,
+    p_durable boolean, OUT outcome text, OUT ready pipeline.ready_task[], OUT next pipeline.claimed_task, OUT state jsonb,
+    OUT kept boolean, OUT durable boolean
 ) LANGUAGE plpgsql AS $$
 DECLARE
     x record;
@@ -446,7 +537,7 @@ BEGIN
     PERFORM pg_advisory_xact_lock_shared(pipeline.lock_key(p_execution));
     SELECT e.definition_id, e.verdict, e.careful, e.paused INTO x
       FROM pipeline.workflow_executions e WHERE e.execution_id = p_execution;
-    outcome := 'done';
+    outcome := 'done'; kept := false; durable := true;
     IF x.verdict IS NOT NULL OR x.careful THEN
         outcome := 'again';
         RETURN;
@@ -459,12 +550,17 @@ BEGIN
         SELECT r.outcome, r.ready INTO outcome, ready FROM pipeline.repeat_of(
             p_execution, x.definition_id, p_task, p_epoch, p_worker, 'success') r;
         IF outcome = 'done' AND p_room > 0 THEN
-            SELECT t.task_id, t.handler, t.epoch, t.attempt, t.retries, coalesce(t.params::json, w.params), NULL,
-                   w.timeout, w.dependencies, w.retry_policy INTO next
+            SELECT t.execution_id, t.task_id, t.handler, t.epoch, t.attempt, t.retries, coalesce(t.params::json, w.params),
+                   NULL, w.timeout, w.dependencies, w.retry_policy INTO next
               FROM pipeline.task_executions t
               JOIN pipeline.workflow_tasks w ON w.definition_id = x.definition_id AND w.task_id = t.task_id
-             WHERE t.execution_id = p_execution AND t.status = 'running' AND t.worker_id = p_worker
-               AND (w.waits_for @> ARRAY[p_task] OR t.task_id = p_next AND t.epoch = p_next_epoch + 1) LIMIT 1;
+             WHERE t.execution_id = p_execution AND t.status = 'running' AND t.worker_id = p_worker AND w.timeout <= p_room
+               AND (w.waits_for @> ARRAY[p_task]
+                    OR p_execution = p_next_execution AND t.task_id = p_next AND t.epoch = p_next_epoch + 1) LIMIT 1;
+            IF next.task_id IS NULL AND p_next_execution <> p_execution THEN
+                next := pipeline.taken_before(p_next_execution, p_next, p_next_epoch, p_worker, p_handler, p_room);
+                state := pipeline.state_of(next.execution_id);
+            END IF;
         END IF;
         RETURN;
     END IF;
@@ -486,7 +582,17 @@ BEGIN
                                       WHERE h.definition_id = x.definition_id AND h.number = plan.headers[n]);
         END IF;
     END LOOP;
-    IF released <> '{}' THEN
+    IF ended THEN
+        PERFORM pipeline.close_execution(p_execution, 'success');
+    END IF;
+    IF p_next_execution <> p_execution AND p_room > 0 THEN
+        next := pipeline.go_on(p_next_execution, p_next, p_next_epoch, p_worker, p_handler, p_room, p_hard_limit);
+        state := pipeline.state_of(next.execution_id);
+    ELSIF released = '{}' AND p_room > 0 AND NOT x.paused THEN
+        next := pipeline.start_task(
+            p_execution, x.definition_id, p_next, p_next_epoch, p_worker, p_handler, p_room, p_hard_limit);
+    END IF;
+    IF released <> '{}' AND next.task_id IS NULL THEN
         IF p_room > 0 AND NOT x.paused THEN
             next := pipeline.start_task(
                 p_execution, x.definition_id, released[1], NULL, p_worker, NULL, p_room, p_hard_limit);
@@ -494,15 +600,29 @@ BEGIN
         IF next.task_id IS NULL OR cardinality(released) > 1 THEN
             ready := pipeline.make_ready(p_execution, x.definition_id, released, p_grace);
         END IF;
-    ELSIF ended THEN
-        PERFORM pipeline.close_execution(p_execution, 'success');
-    ELSE
-        PERFORM set_config('synchronous_commit', 'off', true);
-        IF p_next IS NOT NULL AND p_room > 0 AND NOT x.paused THEN
-            next := pipeline.start_task(
-                p_execution, x.definition_id, p_next, p_next_epoch, p_worker, p_handler, p_room, p_hard_limit);
-        END IF;
+    ELSIF released <> '{}' THEN
+        ready := pipeline.make_ready(p_execution, x.definition_id, released, p_grace);
+        kept := ready[1].timeout <= p_room AND NOT EXISTS (SELECT 1 FROM unnest(ready[2:]) r WHERE r.led_by IS NULL)
+            AND EXISTS (SELECT 1 FROM pipeline.workers k
+                         WHERE k.worker_id = p_worker AND ready[1].handler = ANY (k.handlers));
     END IF;
+    durable := p_durable OR ended OR released <> '{}' AND NOT kept;
+    IF NOT durable THEN
+        PERFORM set_config('synchronous_commit', 'off', true);
+    END IF;
+END $$;
+
+-- Take a task of another execution than the one whose lock the caller holds, for the worker to go on with. Who holds a lock
+-- waits for none: where it is not to be had, the worker asks for the task later.
+CREATE FUNCTION pipeline.go_on(
+    p_execution text, p_task text, p_epoch int, p_worker bigint, p_handler text, p_room double precision,
+    p_hard_limit interval
+) RETURNS pipeline.claimed_task LANGUAGE plpgsql AS $$
+BEGIN
+    IF NOT pg_try_advisory_xact_lock_shared(pipeline.lock_key(p_execution)) THEN
+        RETURN NULL;
+    END IF;
+    RETURN pipeline.take_task(p_execution, p_task, p_epoch, p_worker, p_handler, p_room, p_hard_limit);
 END $$;
 
 -- Tasks of a shared message that its reader will not come to soon: each gets a message of its own.
@@ -519,7 +639,7 @@ BEGIN
              WHERE t.execution_id = p_execution AND t.task_id = g.task_id AND t.epoch = g.epoch
                AND t.status IN ('pending', 'retry') AND t.due_at < 'infinity'
             RETURNING t.task_id, t.epoch, t.handler)
-        SELECT p_execution, m.task_id, m.epoch, m.handler, w.timeout, NULL::text
+        SELECT p_execution, m.task_id, m.epoch, m.handler, w.timeout, NULL::text, NULL::text
           FROM moved m
           JOIN pipeline.workflow_executions e ON e.execution_id = p_execution
           JOIN pipeline.workflow_tasks w ON w.definition_id = e.definition_id AND w.task_id = m.task_id
@@ -540,7 +660,7 @@ BEGIN
         RETURN;
     END IF;
     RETURN QUERY
-        SELECT 'done', array_agg((t.execution_id, t.task_id, t.epoch, t.handler, w.timeout, t.led_by)::pipeline.ready_task)
+        SELECT 'done', array_agg((t.execution_id, t.task_id, t.epoch, t.handler, w.timeout, t.led_by, NULL)::pipeline.ready_task)
           FROM pipeline.task_executions t
           JOIN pipeline.workflow_tasks w ON w.definition_id = p_definition AND w.task_id = t.task_id
          WHERE t.execution_id = p_execution AND w.waits_for @> ARRAY[p_task]
@@ -558,24 +678,29 @@ DECLARE
     ready pipeline.ready_task[];
 BEGIN
     FOR r IN SELECT * FROM pipeline.share(p_definition, p_tasks, true) LOOP  -- in the lock order of released tasks
-        UPDATE pipeline.task_executions t SET ready_at = now_, due_at = now_ + p_grace, hints = 1, led_by = r.led_by
+        UPDATE pipeline.task_executions t
+           SET ready_at = now_, due_at = now_ + p_grace, hints = 1, led_by = r.led_by, led_in = NULL
          WHERE t.execution_id = p_execution AND t.task_id = r.task_id AND t.status = 'pending' AND t.due_at IS NULL
         RETURNING t.epoch, t.handler INTO moved;
         IF FOUND THEN
-            ready := ready || (p_execution, r.task_id, moved.epoch, moved.handler, r.timeout, r.led_by)::pipeline.ready_task;
+            ready := ready
+                || (p_execution, r.task_id, moved.epoch, moved.handler, r.timeout, r.led_by, NULL)::pipeline.ready_task;
         END IF;
     END LOOP;
     RETURN ready;
 END $$;
 
--- The one place that ends an execution. The only NOTIFY of the engine beside `cancel`: it serialises commits.
+-- The one place that ends an execution. NOTIFY serialises commits and wakes all who listen, to whatever: it is there for
+-- those who wait only, and to stop what runs.
 CREATE FUNCTION pipeline.close_execution(p_execution text, p_status text) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    awaited_ boolean;
 BEGIN
     UPDATE pipeline.workflow_executions e
        SET status = p_status, finished_at = pipeline.clock(), started_at = coalesce(e.started_at, pipeline.clock()),
            paused = false
-     WHERE e.execution_id = p_execution AND e.status IN ('pending', 'running', 'retry');
-    IF FOUND THEN
+     WHERE e.execution_id = p_execution AND e.status IN ('pending', 'running', 'retry') RETURNING e.awaited INTO awaited_;
+    IF awaited_ THEN
         PERFORM pg_notify('pipeline_finished', p_execution);
     END IF;
 END $$;
@@ -766,9 +891,9 @@ BEGIN
                      WHERE t.execution_id = oldest.execution_id AND t.task_id = oldest.task_id
                        AND t.led_by IS NOT NULL AND (e.paused OR NOT EXISTS (
                            SELECT 1 FROM pipeline.task_executions l
-                            WHERE l.execution_id = t.execution_id AND l.task_id = t.led_by
+                            WHERE l.execution_id = coalesce(t.led_in, t.execution_id) AND l.task_id = t.led_by
                               AND (l.started_at > pipeline.clock() - interval '2 s' OR l.status = 'pending'
-                                   AND l.due_at IS NOT NULL AND coalesce(l.started_at, '-infinity') < t.ready_at)))
+                                   AND l.due_at < 'infinity' AND coalesce(l.started_at, '-infinity') < t.ready_at)))
                        FOR NO KEY UPDATE OF t SKIP LOCKED) t
              LIMIT p_limit - cardinality(tasks)) d;
     RETURN QUERY
@@ -782,7 +907,7 @@ BEGIN
                       JOIN pipeline.workflow_executions x USING (execution_id) OFFSET 0) e  -- one look-up each from here
              WHERE t.execution_id = e.execution_id AND t.task_id = e.task_id
             RETURNING t.execution_id, t.task_id, t.epoch, t.handler, e.definition_id, e.paused)
-        SELECT p.execution_id, p.task_id, p.epoch, p.handler, w.timeout, NULL::text
+        SELECT p.execution_id, p.task_id, p.epoch, p.handler, w.timeout, NULL::text, NULL::text
           FROM pushed p JOIN pipeline.workflow_tasks w ON w.definition_id = p.definition_id AND w.task_id = p.task_id
          WHERE NOT p.paused ORDER BY p.execution_id, w.number;
 END $$;

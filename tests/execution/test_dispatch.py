@@ -59,6 +59,37 @@ def test_execution_id_begins_with_the_day_of_its_creation_and_one_that_is_taken_
     assert list(site.engine.get_execution(second).tasks) == ["b"]
 
 
+def test_executions_enqueued_together_are_all_there_or_none_and_every_problem_is_told(site: Site) -> None:
+    definition = workflow(task("a", "debug.echo", params={"n": "{{ input.n }}"}))
+    with pytest.raises(InputError) as wrong:
+        site.engine.execute_many(definition, [{"n": 1}, {}, {"n": 2}, {}])
+    assert [(p.path, p.source) for p in wrong.value.problems] == [("[1].n", "<inputs>"), ("[3].n", "<inputs>")]
+    for inputs in ([{"n": 1}, 5], [{"n": 1}, "n"]):
+        with pytest.raises(InputError, match=r"\[1\]: is a (int|str), not a mapping"):
+            site.engine.execute_many(definition, inputs)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="1 keys for 2 inputs"):
+        site.engine.execute_many(definition, [{"n": 1}, {"n": 2}], idempotency_keys=["a"])
+    with pytest.raises(InputError, match=r"idempotency_keys\[1\]"):
+        site.engine.execute_many(definition, [{"n": 1}, {"n": 2}], idempotency_keys=["a", "\0"])
+    assert site.engine.list_executions() == []
+    assert site.engine.execute_many(definition, []) == []
+    first, second = site.engine.execute_many(definition, [{"n": 1}, {"n": 2}], idempotency_keys=["a", None])
+    with pytest.raises(IdempotencyConflict):
+        site.engine.execute_many(definition, [{"n": 3}, {"n": 2}], idempotency_keys=[None, "a"])
+    third, again = site.engine.execute_many(definition, [{"n": 3}, {"n": 1}], idempotency_keys=[None, "a"])
+    assert (again, {row.execution_id for row in site.engine.list_executions()}) == (first, {first, second, third})
+
+
+def test_executions_enqueued_together_in_a_callers_transaction_exist_once_it_commits(site: Site) -> None:
+    definition = workflow(task("a"))
+    with psycopg.connect(site.settings.database_url or "") as connection:
+        ids = site.engine.execute_many(definition, [{}, {}], connection=connection)
+        connection.rollback()
+        assert site.engine.list_executions() == []
+        ids = site.engine.execute_many(definition, [{}, {}], connection=connection)
+    assert {row.execution_id for row in site.engine.list_executions()} == set(ids)
+
+
 def test_message_has_a_constant_size_whatever_the_workflow_and_its_input(site: Site) -> None:
     sizes = []
     for count, text in ((10, ""), (5_000, "x" * 100_000)):
@@ -226,7 +257,10 @@ def test_forged_messages_do_nothing_and_the_worker_goes_on(busy_site: Site, tmp_
         ([real, "\ud800", 0], {}), ([real, "t' OR true --", 0], {}), (["exec-ffffffffffff", "t", 0], {}),
         ([real, "t", 0, ["t"]], {}), ([real, "t", 0, [["t", 0]]], {}), ([real, "t", 0, ["t", True]], {}),
         ([real, "t", 0, ["t", 0, None, 0]], {}), ([real, "t", 0, ["t", 0, "unknown", 0]], {}),
-        ([real, "t", 0, ["t", 0] * 5000], {}), ([real, "t", 0, ["t", 0], []], {}),
+        ([real, "t", 0, ["t", 0] * 5000], {}), ([real, "t", 0, ["t", 0], [], []], {}),
+        ([real, "t", 0, [], [real, "t"]], {}), ([real, "t", 0, [], [real, "t", True]], {}), ([real, "t", 0, None, []], {}),
+        ([real, "t", 0, [], [real, "t", 0, "exec-ffffffffffff", "t", 0, real, "unknown", 0]], {}),
+        ([real, "t", 0, [], [real, "t", 0] * 5000], {}), ([real, "t", 0, [], [[real], "t", 0]], {}),
         ([real, "unknown", 0], {}), ([real, "t", 0], {"attempt": 7, "self": 1}), ([real * 10_000, "t", 0], {}),
     ]  # fmt: skip
     with celery.connection_for_write() as connection, connection.Producer() as producer:

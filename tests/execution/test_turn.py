@@ -62,6 +62,48 @@ def test_wide_tasks_share_messages_and_each_is_recorded_with_its_own_attempt(sit
     assert 1 <= received(site, done.execution_id) < WIDTH / 2
 
 
+def test_executions_enqueued_together_share_messages_and_each_runs_with_its_own_input(sites: Callable[..., Site]) -> None:
+    site = sites()
+    fan = [task(f"m{n}", "debug.echo", ("first",), params={"n": n}) for n in range(3)]
+    definition = workflow(task("first", "debug.echo"), *fan, task("last", "debug.echo", tuple(t["id"] for t in fan)))
+    ids = site.engine.execute_many(definition, [{"day": day} for day in range(30)], "ana")
+    with site.worker(concurrency=1):
+        done = [site.engine.wait(execution_id, 60) for execution_id in ids]
+    assert [x.status for x in done] == [ExecutionStatus.SUCCESS] * 30
+    for day, x in enumerate(done):
+        assert {t.attempt for t in x.tasks.values()} == {1}
+        assert (x.created_by, x.results["first"], x.results["m2"]["day"]) == ("ana", {"day": day}, day)
+    assert sum(received(site, execution_id) for execution_id in ids) <= 15
+
+
+def test_tasks_behind_one_of_another_execution_that_takes_long_are_run_by_another_worker(
+    sites: Callable[..., Site], tmp_path: Path
+) -> None:
+    site = sites(grace=1.0)
+    (tmp_path / "there").touch()
+    definition = workflow(task("t", "site.wait_for_file", params={"path": "{{ input.path }}"}))
+    paths = [str(tmp_path / ("there" if n else "late")) for n in range(6)]
+    with site.worker(concurrency=1):
+        late, *others = site.engine.execute_many(definition, [{"path": path} for path in paths])
+        site.until_running(late, "t")
+        assert [received(site, execution_id) for execution_id in (late, *others)] == [1, 0, 0, 0, 0, 0]
+        with site.worker(concurrency=1, name="second"):
+            for execution_id in others:
+                assert site.engine.wait(execution_id, 60).status is ExecutionStatus.SUCCESS
+            assert site.task(late, "t").status is TaskStatus.RUNNING
+            (tmp_path / "late").touch()
+            assert site.engine.wait(late, 60).tasks["t"].attempt == 1
+
+
+def test_process_killed_amid_executions_that_share_messages_leaves_them_to_recovery(sites: Callable[..., Site]) -> None:
+    site = sites(grace=1.0)
+    definition = workflow(task("a", "debug.echo"), task("b", "site.die", ("a",), params={"attempts": 1}, timeout=30))
+    ids = site.engine.execute_many(definition, [{}] * 4)
+    with site.worker(concurrency=1):
+        done = [site.engine.wait(execution_id, 60) for execution_id in ids]
+    assert [(x.status, x.tasks["a"].attempt, x.tasks["b"].losses) for x in done] == [(ExecutionStatus.SUCCESS, 1, 1)] * 4
+
+
 def test_tasks_behind_one_that_takes_long_are_run_by_another_worker(sites: Callable[..., Site], tmp_path: Path) -> None:
     site = sites(grace=1.0)  # a worker may have fetched the message of one task before the other was there
     with site.worker(concurrency=1):

@@ -109,7 +109,8 @@ class Driver:
         """What is ready, in topological order and as a publisher needs it."""
         found = self.sql(
             """
-            SELECT t.task_id, t.epoch, t.handler, w.timeout, t.led_by FROM pipeline.task_executions t
+            SELECT t.task_id, t.epoch, t.handler, w.timeout, t.led_by,
+                   CASE WHEN t.led_by IS NOT NULL THEN t.led_in END FROM pipeline.task_executions t
               JOIN pipeline.workflow_executions e USING (execution_id)
               JOIN pipeline.workflow_tasks w ON w.definition_id = e.definition_id AND w.task_id = t.task_id
              WHERE t.execution_id = %s AND t.status = 'pending' AND t.due_at IS NOT NULL ORDER BY w.number
@@ -117,8 +118,11 @@ class Driver:
             execution,
         )
         return tuple(
-            ReadyTask(execution_id=execution, task_id=task, epoch=epoch, handler=handler, timeout=timeout, led_by=led_by)
-            for task, epoch, handler, timeout, led_by in found
+            ReadyTask(
+                execution_id=execution, task_id=task, epoch=epoch, handler=handler, timeout=timeout, led_by=led_by,
+                led_in=led_in,
+            )
+            for task, epoch, handler, timeout, led_by, led_in in found
         )
 
     def due(self, execution: str) -> list[str]:

@@ -26,7 +26,8 @@ from tests.store.conftest import Driver
 from tests.store.test_model import explore
 
 EXAMPLES = 160
-SURVIVORS = 2
+#: what the model comes to too seldom, and tests of its own see
+SURVIVORS = 3
 
 #: name: a function, a piece of its text (spaces and line ends are all the same), and what it becomes
 MUTANTS: dict[str, tuple[str, str, str]] = {
@@ -34,10 +35,10 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "claim: keeps the epoch": ("start_task", "epoch = t.epoch + 1", "epoch = t.epoch"),
     "claim: takes what is not ready": ("start_task", "AND t.due_at IS NOT NULL", ""),
     "claim: takes another handler's task": ("start_task", "(t.handler = p_handler OR", "(true OR"),
-    "claim: ignores the pause": ("claim_task", "x.paused OR", ""),
-    "claim: ignores the verdict": ("claim_task", "x.verdict IS NOT NULL OR", ""),
+    "claim: ignores the pause": ("take_task", "x.paused OR", ""),
+    "claim: ignores the verdict": ("take_task", "x.verdict IS NOT NULL OR", ""),
     "claim: an expired worker may claim": ("start_task", "k.expires_at > now_", "true"),
-    "claim: repeats another worker's claim": ("claim_task", "AND t.status = 'running' AND t.worker_id = p_worker", "AND t.status = 'running'"),
+    "claim: repeats another worker's claim": ("taken_before", "AND t.status = 'running' AND t.worker_id = p_worker", "AND t.status = 'running'"),
     "complete: ignores the epoch": ("complete_task", "AND t.epoch = p_epoch", ""),
     "complete: ignores the worker": ("complete_task", "AND t.worker_id = p_worker", ""),
     "complete: accepts what does not run": ("complete_task", "AND t.status = 'running'", "AND t.status <> 'success'"),
@@ -50,9 +51,14 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "complete: forgets a body": ("complete_task", "(SELECT h.bodies", "(SELECT h.bodies[2:]"),
     "complete: never closes": ("complete_task", "ended := ended OR plan.headers[n] = 0", "ended := false"),
     "complete: does not see skips": ("complete_task", "OR x.careful", ""),
-    "complete: goes on in a pause": ("complete_task", "p_room > 0 AND NOT x.paused", "p_room > 0"),
+    "complete: goes on in a pause": ("complete_task", "IF p_room > 0 AND NOT x.paused", "IF p_room > 0"),
     "complete: goes on with its message in a pause": (
-        "complete_task", "p_next IS NOT NULL AND p_room > 0 AND NOT x.paused", "p_next IS NOT NULL AND p_room > 0"),
+        "complete_task", "released = '{}' AND p_room > 0 AND NOT x.paused", "released = '{}' AND p_room > 0"),
+    "complete: forgets what it released for another execution": (
+        "complete_task", "ELSIF released <> '{}' THEN ready := pipeline.make_ready(p_execution, x.definition_id, released, p_grace);",
+        "ELSIF released <> '{}' THEN ready := '{}';"),
+    "take_due: looks for who leads in the wrong execution": ("take_due", "coalesce(t.led_in, t.execution_id)", "t.execution_id"),
+    "take_due: waits for who leads and is paused": ("take_due", "l.due_at < 'infinity'", "l.due_at IS NOT NULL"),
     "start: with less time than the task asks for": ("start_task", "AND w.timeout <= p_room", ""),
     "start: of a handler that the worker does not know": ("start_task", "AND t.handler = ANY (k.handlers)", ""),
     "take_due: forgets what shared a message that is gone": ("take_due", "t.led_by IS NOT NULL AND (e.paused", "false AND (e.paused"),

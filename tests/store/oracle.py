@@ -50,6 +50,7 @@ class Task:
     started: float = -inf
     released_by: Fence | None = None
     led_by: str | None = None  # whose message it shares
+    led_in: str | None = None  # of which execution, where that is another
     ends: dict[int, str] = field(default_factory=dict)  # of its attempts, by epoch
 
     @property
@@ -240,22 +241,27 @@ class Oracle:
     def take_due(self, *, first_only: bool) -> list[Hint]:
         """What is published (again), each time later than the last; what is paused waits for its resume."""
         hints = []
-        for x, task in self.all():
-            if task.waiting and task.due is not None and task.due <= self.now:
-                if task.hints and (first_only if task.led_by is None else self._led(x, task)):
-                    continue
-                task.led_by = None
-                if x.paused:
-                    task.due, task.hints = inf, 0
-                    continue
-                task.due, task.hints = self.now + self.grace * 2 ** min(task.hints, 6), task.hints + 1
-                hints.append((x.id, task.id, task.epoch))
+        for x, task in [(x, task) for x, task in self.all() if self._taken(x, task, first_only=first_only)]:
+            task.led_by = None
+            if x.paused:
+                task.due, task.hints = inf, 0
+                continue
+            task.due, task.hints = self.now + self.grace * 2 ** min(task.hints, 6), task.hints + 1
+            hints.append((x.id, task.id, task.epoch))
         return hints
+
+    def _taken(self, x: Execution, task: Task, *, first_only: bool) -> bool:
+        if not task.waiting or task.due is None or task.due > self.now:
+            return False
+        if task.led_by is None:
+            return not (task.hints and first_only)
+        return x.paused or not self._led(x, task)
 
     def _led(self, x: Execution, task: Task) -> bool:
         """Whether the message that a task shares is still to come, or came so lately that its turn may come yet."""
-        leader = x.tasks[task.led_by or ""]
-        sent = leader.status == "pending" and leader.due is not None and leader.started < task.first_ready
+        leader = self.executions[task.led_in or x.id].tasks[task.led_by or ""]
+        due = leader.due is not None and leader.due < inf
+        sent = leader.status == "pending" and due and leader.started < task.first_ready
         return sent or leader.started > self.now - TURN
 
     # people

@@ -220,9 +220,11 @@ def test_close_leaves_a_borrowed_connection_open(drive: Driver) -> None:
         assert not connection.closed
 
 
-def test_listener_hears_each_finished_execution_and_only_those(drive: Driver) -> None:
+def test_listener_hears_of_executions_that_end_and_are_awaited_and_only_of_those(drive: Driver) -> None:
     with drive.store.listen("pipeline_finished") as listener:
         execution = drive.start({"a": "", "b": "a"})
+        drive.drain(drive.start({"a": ""}))
+        assert drive.store.await_execution(execution) == "pending"
         drive.complete(execution, "a")
         assert listener.wait(0) == []
         drive.complete(execution, "b")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from pipeline import compiler
-from pipeline.result_store.rows import NOTHING, Claim, Fence, Follow, ReadyTask
+from pipeline.result_store.rows import NOTHING, Claim, Fence, Follow, NewExecution, ReadyTask
 from pipeline.states import TaskStatus
 from tests.store.conftest import EPOCH, Driver
 from tests.store.oracle import AGAIN, HANDLER, OPEN, TIMEOUT, Answer, Execution, Hint, Oracle
@@ -31,7 +31,9 @@ EVENTS = ("work",) * 8 + ("haunt",) * 3 + ("forge", "pass_time", "recover", "ste
 DICE = st.integers(0, 2**32 - 1).map(Random)
 
 #: what has to happen often
-DONE = ("claimed", "claimed again", "refused", "done", "done again", "stale", "gone on")
+DONE = (
+    "claimed", "claimed again", "refused", "done", "done again", "stale", "gone on", "gone on elsewhere", "led from elsewhere",
+)  # fmt: skip
 
 EXECUTIONS = "SELECT execution_id, status, verdict, paused FROM pipeline.workflow_executions ORDER BY 1"
 TASKS = """
@@ -86,12 +88,15 @@ class Model(RuleBasedStateMachine):
         self.favourite = favourite
         self.submit([0, 1, 1, 6, 0, 24], parallel=True)
         self.submit([0, 0, 1, 2], parallel=False)
+        self.submit([0, 1, 3], parallel=True, together=4)
         self.submit_any(dice)
 
     def submit_any(self, dice: Random) -> None:
+        masks = [dice.randrange(128) & dice.randrange(128) for _ in range(dice.randint(1, 8))]
+        together = dice.choice([0, 0, 1, 3])
         self.submit(
-            [dice.randrange(128) & dice.randrange(128) for _ in range(dice.randint(1, 8))], parallel=dice.random() < 0.6,
-            timeout=dice.choice([None, None, 500.0]), queue_timeout=dice.choice([None, None, 500.0]),
+            [mask | 1 for mask in masks] if together > 1 else masks, parallel=dice.random() < 0.6,
+            timeout=dice.choice([None, None, 500.0]), queue_timeout=dice.choice([None, None, 500.0]), together=together,
         )  # fmt: skip
 
     @rule(event=st.sampled_from(EVENTS), dice=DICE)
@@ -112,30 +117,40 @@ class Model(RuleBasedStateMachine):
     # what the engine does
 
     def submit(
-        self, masks: list[int], *, parallel: bool, timeout: float | None = None, queue_timeout: float | None = None
-    ) -> None:
-        """Each task needs those before it whose bits are set in its mask."""
+        self, masks: list[int], *, parallel: bool, timeout: float | None = None, queue_timeout: float | None = None,
+        together: int = 0,
+    ) -> None:  # fmt: skip
+        """Each task needs those before it whose bits are set in its mask. One execution, or so many by one statement."""
         graph = {f"t{n}": " ".join(f"t{m}" for m in range(n) if mask >> m & 1) for n, mask in enumerate(masks)}
         definition = self.drive.define(graph, enable_parallel=parallel, timeout=timeout, queue_timeout=queue_timeout)
         number = len(self.oracle.executions)
-        execution = f"exec-{number}"
+        executions = [f"exec-{number + n}" for n in range(together or 1)]
         with patch.multiple(compiler, WIDE=2 + number % 2, SLOTS=2):  # small headers in slots too
             definition_id = self.drive.dispatcher.register(definition)
-        self.store.create_execution(
-            execution_id=execution, definition_id=definition_id, user_id=None,
-            idempotency_key=None, input_data={}, input_digest="", variables={}, timeout=timeout,
-            queue_timeout=queue_timeout,
-        )  # fmt: skip
-        expected = self.oracle.submit(execution, graph, parallel=parallel, timeout=timeout, queue=queue_timeout)
-        ready = self.drive.ready_tasks(execution)
-        agree("submit", hints(ready), expected)
-        self.publish(ready)
+        if together:
+            work = [NewExecution(execution_id=execution, input_data={}, input_digest="") for execution in executions]
+            self.store.create_executions(
+                work, definition_id=definition_id, user_id=None, variables={}, timeout=timeout, queue_timeout=queue_timeout
+            )
+        else:
+            self.store.create_execution(
+                execution_id=executions[0], definition_id=definition_id, user_id=None,
+                idempotency_key=None, input_data={}, input_digest="", variables={}, timeout=timeout,
+                queue_timeout=queue_timeout,
+            )  # fmt: skip
+        for execution in executions:
+            expected = self.oracle.submit(execution, graph, parallel=parallel, timeout=timeout, queue=queue_timeout)
+            ready = self.drive.ready_tasks(execution)
+            agree("submit", hints(ready), expected)
+            self.publish(ready)
+            self.steps["led from elsewhere"] += sum(task.led_in is not None for task in ready)
 
     def publish(self, ready: Sequence[ReadyTask]) -> None:
         """One message for each, whoever shares one: a message that names another task too does no more than two."""
         self.bag += hints(ready)
         for task in ready:
-            self.oracle.executions[task.execution_id].tasks[task.task_id].led_by = task.led_by
+            recorded = self.oracle.executions[task.execution_id].tasks[task.task_id]
+            recorded.led_by, recorded.led_in = task.led_by, task.led_in
 
     def claim(self, hint: Hint, worker: int, handler: str = HANDLER) -> None:
         self.agreed = False
@@ -170,9 +185,9 @@ class Model(RuleBasedStateMachine):
             needless = set(found) - set(self.oracle.ready(fence.execution_id))
             agree(f"repeat of {outcome}", (set(expected.ready) - set(found), needless), (set(), set()))
         else:
-            claimed = ended.next and ended.next.task_id
+            claimed = ended.next and (ended.next.execution_id, ended.next.task_id)
             agree(
-                f"what {outcome} releases", *([h for h in some if h[1] != claimed] for some in (found, expected.ready))
+                f"what {outcome} releases", *([h for h in some if h[:2] != claimed] for some in (found, expected.ready))
             )
         if ended.next is not None:
             self.go_on(fence, follow, ended.next, expected)
@@ -181,19 +196,25 @@ class Model(RuleBasedStateMachine):
 
     def go_on(self, fence: Fence, follow: Follow, found: Claim, expected: Answer) -> None:
         """The worker has claimed what was released first or, where nothing was, what it asked for."""
-        hint = expected.ready[0] if expected.ready else (fence.execution_id, follow.task_id or "", follow.epoch or 0)
+        asked = (follow.execution_id or "", follow.task_id or "", follow.epoch or 0)
+        elsewhere = found.execution_id != fence.execution_id
+        hint = expected.ready[0] if expected.ready and not elsewhere else asked
         if expected.repeat:
-            hint = (fence.execution_id, found.task_id, found.epoch - 1)
-        agree("goes on with", (found.task_id, follow.room >= TIMEOUT), (hint[1], True))
-        agree("goes on", found.task_id == follow.task_id or fence.worker_id in self.able, True)
+            hint = (found.execution_id, found.task_id, found.epoch - 1)
+        agree("goes on with", (found.execution_id, found.task_id, follow.room >= TIMEOUT), (*hint[:2], True))
+        agree("goes on", (found.execution_id, found.task_id) == asked[:2] or fence.worker_id in self.able, True)
+        self.steps["gone on elsewhere"] += elsewhere
         claim = self.oracle.claim(*hint, fence.worker_id, HANDLER)
         agree(f"claim of {hint} after {fence}", (found.epoch, found.attempt, found.retries), claim)
         self.steps["gone on"] += 1
-        self.hold(replace(fence, task_id=found.task_id, epoch=found.epoch))
+        self.hold(replace(fence, execution_id=found.execution_id, task_id=found.task_id, epoch=found.epoch))
 
     def some_follow(self, fence: Fence, dice: Random) -> Follow:
-        _, task, epoch = dice.choice([h for h in self.bag if h[0] == fence.execution_id] or [("", None, None)])
-        return Follow(room=dice.choice([0.0, TIMEOUT - 1, TIMEOUT, TIMEOUT]), task_id=task, epoch=epoch, handler=HANDLER)
+        own = self.oracle.ready(fence.execution_id)
+        others = [h for h in self.bag if h[0] != fence.execution_id and h in self.oracle.ready(h[0])]
+        some = dice.choice(dice.choice([others] * 4 + [own, own, self.bag]) or [(None, None, None)])
+        room = dice.choice([0.0, TIMEOUT - 1, *[TIMEOUT] * 4])
+        return Follow(room=room, execution_id=some[0], task_id=some[1], epoch=some[2], handler=HANDLER)
 
     def work(self, dice: Random) -> None:
         """Messages arrive, some again later or of another handler; attempts end, some twice or by a worker that lies."""
@@ -404,4 +425,4 @@ def explore(drive: Driver, examples: int) -> Counter[str]:
 @pytest.mark.timeout(600)
 def test_no_order_of_events_breaks_an_invariant_or_leaves_an_execution_open(drive: Driver) -> None:
     seen = explore(drive, 40)
-    assert min(seen[what] for what in DONE) >= 40, f"the model hardly did anything: {seen}"
+    assert min(seen[what] for what in DONE) >= 30, f"the model hardly did anything: {seen}"

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
+import psycopg
 import pytest
 
-from pipeline.dispatch import _messages
+from pipeline.dispatch import Message, _messages
+from pipeline.errors import IdempotencyConflict
 from pipeline.result_store.rows import NOTHING, Claim, Fence, Follow, ReadyTask
+from pipeline.turn import Step, Turn
 from tests.store.conftest import Driver
 
 ROOM = Follow(room=300.0)
@@ -21,7 +25,7 @@ def able(lone: Driver) -> Iterator[Driver]:
 
     def make(handlers: str) -> None:
         lone.sql(
-            "UPDATE pipeline.workers SET handlers = %s, slow = '{}', expires_at = now() + interval '1 h' WHERE worker_id = %s",
+            "UPDATE pipeline.workers SET handlers = %s, slow = '{}', quick = '{}', expires_at = now() + interval '1 h' WHERE worker_id = %s",
             handlers, lone.worker,
         )  # fmt: skip
 
@@ -35,8 +39,8 @@ def leaders(ready: tuple[ReadyTask, ...]) -> dict[str, str | None]:
     return {task.task_id: task.led_by for task in ready}
 
 
-def named(task: str, epoch: int = 0, handler: str = NOOP) -> Follow:
-    return replace(ROOM, task_id=task, epoch=epoch, handler=handler)
+def named(execution: str, task: str, epoch: int = 0, handler: str = NOOP) -> Follow:
+    return replace(ROOM, execution_id=execution, task_id=task, epoch=epoch, handler=handler)
 
 
 def holds(claim: Claim | None, execution: str, worker: int) -> Fence:
@@ -126,7 +130,7 @@ def test_complete_claims_nothing_in_an_execution_that_is_paused(able: Driver) ->
     execution = able.start({"a": "", "b": "a", "c": ""})
     fence = able.must_claim(execution, "a")
     able.store.pause_execution(execution, None)
-    ended = able.store.complete(fence, None, named("c"))
+    ended = able.store.complete(fence, None, named(execution, "c"))
     assert (ended.next, [t.task_id for t in ended.ready]) == (None, ["b"])
     able.store.resume_execution(execution, None)
 
@@ -154,13 +158,20 @@ def test_complete_of_a_fan_out_claims_the_first_and_returns_the_others_with_thei
 
 def test_complete_claims_the_named_task_where_nothing_was_released(able: Driver) -> None:
     execution = able.start({"a": "", "b": "", "c": "a b"})
-    assert complete(able, execution, "a", named("b")) == ("b", [])
+    assert complete(able, execution, "a", named(execution, "b")) == ("b", [])
 
 
-@pytest.mark.parametrize("follow", [named("b", 1), named("b", 0, "debug.echo"), named("c"), named("nowhere")])
-def test_complete_claims_no_named_task_whose_message_is_stale_or_forged(able: Driver, follow: Follow) -> None:
+@pytest.mark.parametrize(("task", "epoch", "handler"), [("b", 1, NOOP), ("b", 0, "debug.echo"), ("c", 0, NOOP), ("nowhere", 0, NOOP)])
+def test_complete_claims_no_named_task_whose_message_is_stale_or_forged(
+    able: Driver, task: str, epoch: int, handler: str
+) -> None:
+    execution, other = (able.start({"a": "", "b": "", "c": "a b"}) for _ in range(2))
+    assert complete(able, execution, "a", named(execution, task, epoch, handler)) == (None, [])
+    assert complete(able, execution, "b", named(other, task, epoch, handler)) == ("c", [])
+    assert able.tasks(other) == dict.fromkeys("abc", "pending")
     execution = able.start({"a": "", "b": "", "c": "a b"})
-    assert complete(able, execution, "a", follow) == (None, [])
+    assert complete(able, execution, "a", named(other, task, epoch, handler)) == (None, [])
+    assert able.tasks(other) == dict.fromkeys("abc", "pending")
     assert able.tasks(execution) == {"a": "success", "b": "pending", "c": "pending"}
 
 
@@ -173,19 +184,19 @@ def test_complete_along_the_careful_path_claims_nothing(able: Driver) -> None:
 def test_repeat_of_a_complete_whose_answer_was_lost_gives_the_same_next_task(able: Driver) -> None:
     execution = able.start({"a": "", "b": "a", "c": "", "d": ""})
     fence = able.must_claim(execution, "a")
-    first = able.store.complete(fence, None, named("c")).next
-    again = able.store.complete(fence, None, named("c"))
+    first = able.store.complete(fence, None, named(execution, "c")).next
+    again = able.store.complete(fence, None, named(execution, "c"))
     assert first is not None and again.outcome == "done"
     assert again.next == replace(first, results=None)
     fence = able.must_claim(execution, "c")
-    first = able.store.complete(fence, None, named("d")).next
-    assert first is not None and able.store.complete(fence, None, named("d")).next == first
+    first = able.store.complete(fence, None, named(execution, "d")).next
+    assert first is not None and able.store.complete(fence, None, named(execution, "d")).next == first
 
 
 def test_stale_complete_claims_nothing(able: Driver) -> None:
     execution = able.start({"a": "", "b": ""})
     fence = able.must_claim(execution, "a")
-    ended = able.store.complete(replace(fence, epoch=fence.epoch + 1), None, named("b"))
+    ended = able.store.complete(replace(fence, epoch=fence.epoch + 1), None, named(execution, "b"))
     assert (ended.outcome, ended.next) == ("stale", None)
     assert able.tasks(execution) == {"a": "running", "b": "pending"}
 
@@ -259,3 +270,197 @@ def test_count_published_counts_messages_and_not_the_tasks_that_share_them(able:
     assert able.store.count_published() == 2
     able.must_claim(execution, "t0")
     assert able.store.count_published() == 1
+
+
+# other executions
+
+
+def pair(drive: Driver) -> tuple[str, str]:
+    """Two executions of one workflow."""
+    created = drive.dispatcher.create_many(drive.define({"a": "", "b": "a"}), [{"n": 1}, {"n": 2}], idempotency_keys=[None, None])
+    return created[0].execution_id, created[1].execution_id
+
+
+def test_complete_goes_on_in_another_execution_brings_its_state_and_keeps_what_it_released(able: Driver) -> None:
+    one, two = pair(able)
+    ended = able.store.complete(able.must_claim(one, "a"), None, named(two, "a"))
+    assert ended.next is not None and (ended.next.execution_id, ended.next.task_id, ended.next.epoch) == (two, "a", 1)
+    assert ended.next.state is not None and ended.next.state.input_data == {"n": 2}
+    assert ([task.task_id for task in ended.ready], ended.kept, ended.durable) == (["b"], True, False)
+    assert (able.tasks(one), able.tasks(two)) == ({"a": "success", "b": "pending"}, {"a": "running", "b": "pending"})
+    ended = able.store.complete(holds(ended.next, two, able.worker), None, replace(named(one, "b"), durable=True))
+    assert ended.next is not None and (ended.next.execution_id, ended.next.task_id) == (one, "b")
+    assert (ended.kept, ended.durable, ended.next.state is not None) == (True, True, True)
+
+
+def test_complete_that_ends_an_execution_goes_on_in_another_and_is_durable(able: Driver) -> None:
+    one, two = pair(able)
+    fence = holds(able.store.complete(able.must_claim(one, "a"), None, ROOM).next, one, able.worker)
+    ended = able.store.complete(fence, None, named(two, "a"))
+    assert ended.next is not None and ended.next.execution_id == two
+    assert (able.status(one), able.status(two), ended.kept, ended.durable) == ("success", "running", False, True)
+
+
+@pytest.mark.parametrize("why", ["more than one message", "unknown handler", "more time than there is"])
+def test_complete_keeps_nothing_that_has_to_be_published(able: Driver, why: str) -> None:
+    two = able.start({"a": ""})
+    one = able.start({"a": "", **{f"b{n}": "a" for n in range(4)}})
+    follow = named(two, "a")
+    if why == "more than one message":
+        able.new_worker()
+    elif why == "unknown handler":
+        able.sql("UPDATE pipeline.workers SET handlers = '{}' WHERE worker_id = %s", able.worker)
+    else:
+        timeouts = "UPDATE pipeline.workflow_tasks SET timeout = 301 WHERE task_id LIKE 'b%' AND timeout < 301"
+        able.sql(timeouts)
+    ended = able.store.complete(able.must_claim(one, "a"), None, follow)
+    assert ended.next is not None and ended.next.execution_id == two
+    assert (len(ended.ready), ended.kept, ended.durable) == (4, False, True)
+
+
+def test_turn_starts_nothing_before_what_it_builds_on_is_on_disk_and_waits_for_the_disk_once_for_many(able: Driver) -> None:
+    graph = {"a": "", "b": "a", "c": "a", "d": "b c"}
+    first, *others = starts(able, 6, graph)
+    scattered = list[str]()
+    turn = Turn(
+        handler=NOOP, room=300.0, scatter=lambda execution, tasks: scattered.append(execution),
+        message=Message(
+            execution_id=first.execution_id, task_id="a", epoch=0, others=tuple((r.execution_id, r.task_id, r.epoch) for r in others)
+        ),
+    )  # fmt: skip
+    recorded, waits = dict[tuple[str, str], str](), 0
+    step: Step | None = turn.step
+    while step is not None:
+        for needed in graph[step.task_id].split():
+            at = recorded[step.execution_id, needed]
+            assert able.sql("SELECT pg_current_wal_flush_lsn() >= %s::pg_lsn", at) == [(True,)], (step, needed)
+        named_so = Message(execution_id=step.execution_id, task_id=step.task_id, epoch=step.epoch)
+        claim = turn.claim_of(named_so)
+        if claim is None:
+            claim = able.store.claim(**vars_of(named_so), worker_id=able.worker, handler=NOOP)
+        fence = holds(claim, step.execution_id, able.worker)
+        ended = able.store.complete(fence, None, turn.follow())
+        ((at,),) = able.sql("SELECT pg_current_wal_insert_lsn()::text")
+        recorded[step.execution_id, step.task_id] = at
+        waits += ended.durable and able.status(step.execution_id) != "success"
+        assert turn.go_on(ended) == ()
+        step = turn.next()
+    assert scattered == []
+    assert {able.status(execution) for execution, _ in recorded} == {"success"} and len(recorded) == 24
+    assert waits < 6
+
+
+def test_complete_goes_on_in_no_execution_that_takes_no_claims(able: Driver) -> None:
+    for stop in (able.store.pause_execution, able.store.cancel_execution):
+        one, two = pair(able)
+        fence = holds(able.store.complete(able.must_claim(one, "a"), None, ROOM).next, one, able.worker)
+        stop(two, None)
+        ended = able.store.complete(fence, None, named(two, "a"))
+        assert (ended.outcome, ended.next, ended.state, able.status(one)) == ("done", None, None, "success")
+        assert able.tasks(two)["a"] in ("pending", "cancelled")
+
+
+def test_complete_does_not_wait_for_another_execution_that_somebody_changes(able: Driver) -> None:
+    one, two = pair(able)
+    fence = holds(able.store.complete(able.must_claim(one, "a"), None, ROOM).next, one, able.worker)
+    with psycopg.connect(able.url) as changing:
+        changing.execute("SELECT pg_advisory_xact_lock(pipeline.lock_key(%s))", [two])
+        ended = able.store.complete(fence, None, named(two, "a"))
+    assert (ended.outcome, ended.next, able.status(one)) == ("done", None, "success")
+    assert able.claim(two, "a") is not None
+
+
+def vars_of(message: Message) -> dict[str, Any]:
+    return {"execution_id": message.execution_id, "task_id": message.task_id, "epoch": message.epoch}
+
+
+def test_repeat_of_a_complete_that_went_on_elsewhere_gives_the_same_next_task(able: Driver) -> None:
+    one, two = pair(able)
+    fence = holds(able.store.complete(able.must_claim(one, "a"), None, ROOM).next, one, able.worker)
+    first, again = (able.store.complete(fence, None, named(two, "a")) for _ in range(2))
+    assert first.next is not None and (again.outcome, again.next) == ("done", first.next)
+
+
+def starts(drive: Driver, count: int, graph: dict[str, str] | None = None) -> list[ReadyTask]:
+    """What becomes ready where so many executions are recorded at once."""
+    definition = drive.define(graph or {"a": "", "b": "a"})
+    created = drive.dispatcher.create_many(definition, [{}] * count, idempotency_keys=[None] * count)
+    return [task for one in created for task in one.ready]
+
+
+def test_executions_that_are_recorded_together_share_as_many_messages_as_processes_could_run_them(able: Driver) -> None:
+    able.new_worker()
+    messages = list(_messages(starts(able, 10)))
+    assert [1 + len(others) for _, others in messages] == [5, 5]
+    for first, others in messages:
+        assert {(other.led_in, other.led_by) for other in others} == {(first.execution_id, "a")}
+
+
+def test_executions_recorded_together_of_a_slow_handler_have_messages_of_their_own(able: Driver) -> None:
+    able.sql("UPDATE pipeline.workers SET slow = %s WHERE worker_id = %s", [NOOP], able.worker)
+    assert [others for _, others in _messages(starts(able, 10))] == [[]] * 10
+
+
+def test_executions_recorded_together_that_begin_with_several_tasks_share_no_message_with_each_other(able: Driver) -> None:
+    messages = list(_messages(starts(able, 3, {"a": "", "b": "", "c": "a b"})))
+    assert [[task.execution_id for task in others] for first, others in messages] == [
+        [first.execution_id] for first, _ in messages
+    ]
+
+
+def test_messages_for_executions_with_long_names_keep_their_size(able: Driver) -> None:
+    definition = able.define({"a": ""})
+    task = definition.tasks[0].model_copy(update={"id": "a" * 64})
+    definition = definition.model_copy(update={"tasks": (task,)})
+    created = able.dispatcher.create_many(definition, [{}] * 50, idempotency_keys=[None] * 50)
+    messages = list(_messages([task for one in created for task in one.ready]))
+    assert all(other.led_in == first.execution_id for first, others in messages for other in others), "as the store counts"
+
+
+def test_executions_recorded_in_a_callers_transaction_share_nothing_for_recovery_publishes_them(able: Driver) -> None:
+    with psycopg.connect(able.url) as connection:
+        able.dispatcher.create_many(
+            able.define({"a": ""}), [{}] * 3, idempotency_keys=[None] * 3, store=able.store.within(connection)
+        )
+    assert [others for _, others in _messages(able.store.take_due(10, first_only=True))] == [[]] * 3
+
+
+@pytest.mark.parametrize("gone", ["cancelled", "paused", "forgotten"])
+def test_take_due_publishes_what_shares_the_message_of_an_execution_that_will_not_start(able: Driver, gone: str) -> None:
+    able.set_clock(0)
+    leader, led = starts(able, 2)
+    assert led.led_in == leader.execution_id
+    able.set_clock(60)
+    assert [task.execution_id for task in able.store.take_due(10, first_only=True)] == [], "its leader's message is there"
+    if gone == "paused":
+        able.store.pause_execution(leader.execution_id, None)
+    else:
+        able.store.cancel_execution(leader.execution_id, None)
+    if gone == "forgotten":
+        able.store.forget_executions([leader.execution_id])
+    found = [task for _ in range(2) for task in able.store.take_due(10, first_only=False)]
+    assert [(task.execution_id, task.led_by) for task in found] == [(led.execution_id, None)]
+    able.clear()
+
+
+def test_executions_recorded_together_are_all_there_or_none(able: Driver) -> None:
+    definition = able.define({"a": ""})
+    first = able.dispatcher.create(definition, {"n": 0}, idempotency_key="k")
+    with pytest.raises(IdempotencyConflict, match="k"):
+        able.dispatcher.create_many(definition, [{"n": 1}, {"n": 2}], idempotency_keys=[None, "k"])
+    assert [row.execution_id for row in able.store.list_executions(limit=9) if row.workflow_id == definition.id] == [first.execution_id]
+    created = able.dispatcher.create_many(definition, [{"n": 1}, {"n": 0}, {"n": 1}], idempotency_keys=["l", "k", "l"])
+    assert [one.created for one in created] == [True, False, False]
+    assert created[1].execution_id == first.execution_id and created[2].execution_id == created[0].execution_id
+
+
+def test_execution_recorded_with_others_whose_id_is_taken_gets_another(
+    able: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = able.start({"a": ""})
+    ids = iter(["exec-0", taken, "exec-2", "exec-1"])
+    monkeypatch.setattr("pipeline.dispatch._fresh_id", lambda: next(ids))
+    inputs = [{"n": n} for n in range(3)]
+    created = able.dispatcher.create_many(able.define({"a": ""}), inputs, idempotency_keys=[None] * 3)
+    assert [one.execution_id for one in created] == ["exec-0", "exec-1", "exec-2"]
+    assert [able.store.get_execution(one.execution_id).input_data for one in created] == inputs
