@@ -204,15 +204,15 @@ BEGIN
        AND k.worker_id = p_worker AND k.expires_at > now_
        AND (t.handler = p_handler OR p_handler IS NULL AND t.handler = ANY (k.handlers))
     RETURNING t.execution_id, t.task_id, t.handler, t.epoch, t.attempt, t.retries,
-              coalesce(t.params::json, w.params),
-              CASE WHEN cardinality(w.dependencies) BETWEEN 1 AND 16 THEN (
-                  SELECT CASE WHEN coalesce(sum(CASE WHEN pg_column_size(r.result) > 8192 THEN 8193  -- compressed
-                                                     ELSE octet_length(r.result::text) END), 0) <= 8192
-                              THEN jsonb_object_agg(r.task_id, r.result) END
-                    FROM pipeline.task_executions r
-                   WHERE r.execution_id = p_execution AND r.task_id = ANY (w.dependencies)) END,
-              w.timeout, w.dependencies, w.retry_policy
-         INTO started;
+              coalesce(t.params::json, w.params), NULL, w.timeout, w.dependencies, w.retry_policy INTO started;
+    IF cardinality(started.dependencies) BETWEEN 1 AND 16 THEN
+        started.results := (
+            SELECT CASE WHEN coalesce(sum(CASE WHEN pg_column_size(r.result) > 8192 THEN 8193  -- compressed
+                                               ELSE octet_length(r.result::text) END), 0) <= 8192
+                        THEN jsonb_object_agg(r.task_id, r.result) END
+              FROM pipeline.task_executions r
+             WHERE r.execution_id = p_execution AND r.task_id = ANY (started.dependencies));
+    END IF;
     RETURN started;
 END $$;
 
