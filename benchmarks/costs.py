@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import secrets
 import statistics
 import subprocess
 import sys
@@ -24,7 +25,7 @@ import psycopg
 import redis
 
 from benchmarks.contenders.processes import end, spawn
-from benchmarks.driver import Place, poll
+from benchmarks.driver import poll
 from benchmarks.machine import describe
 from benchmarks.services import Ground
 from benchmarks.shapes import Graph, Shape
@@ -110,12 +111,14 @@ class Costs:
 class Bench:
     """One worker with so many processes, alone on servers of its own; a context manager."""
 
-    def __init__(self, ground: Ground, processes: int) -> None:
+    def __init__(self, ground: Ground, processes: int, broker_url: str | None = None) -> None:
         self._ground, self._processes = ground, processes
-        self._place = place = ground.place("costs")
-        self._settings = Settings.model_validate(
-            {"database_url": place.database_url, "broker_url": place.redis_url, "home": place.folder}
-        )
+        place = ground.place("costs")
+        self._values = {
+            "database_url": place.database_url, "broker_url": broker_url or place.redis_url, "home": place.folder,
+            "queue": f"costs-{secrets.token_hex(4)}",
+        }  # fmt: skip
+        self._place, self._settings = place, Settings.model_validate(self._values)
         self.worker: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -126,7 +129,7 @@ class Bench:
         log = Path(self._place.folder) / "worker.log"
         self.worker = worker = spawn(
             [sys.executable, "-m", "pipeline", "worker", "--concurrency", str(self._processes)],
-            {**kept, **_environment(self._place)}, log,
+            {**kept, **{f"PIPELINE_{name.upper()}": value for name, value in self._values.items()}}, log,
         )  # fmt: skip
         poll(lambda: worker.poll() is not None or self.store.live_workers(after=0) >= self._processes, 0.05)
         if worker.poll() is not None:
@@ -135,6 +138,9 @@ class Bench:
 
     def __exit__(self, *_: object) -> None:
         end(self.worker)
+        if not self._on_redis:
+            with self.engine.installation.celery.connection_for_write() as connection:
+                connection.default_channel.queue_delete(self._values["queue"])
         self.engine.close()
 
     def run(self, graph: Graph, seconds: float = 0.0) -> float:
@@ -253,8 +259,15 @@ class Bench:
         for process in (server, *server.children(recursive=True)):
             yield "create" if process.pid == self._backend else "database", process
 
+    @property
+    def _on_redis(self) -> bool:
+        return self._values["broker_url"].startswith("redis")
+
     def _broker(self) -> float:
-        """As it says itself, to the microsecond: it takes less than the system's clock ticks."""
+        """As Redis says itself, to the microsecond: it takes less than the system's clock ticks; RabbitMQ as the system does."""
+        if not self._on_redis:
+            times = [process.cpu_times() for process in psutil.process_iter() if process.name().startswith("beam")]
+            return sum(taken.user + taken.system for taken in times)
         client = redis.Redis.from_url(self._place.redis_url)
         found = client.info("cpu")
         client.close()
@@ -277,12 +290,12 @@ def per_task(before: Mapping[str, float], after: Mapping[str, float], tasks: int
     return {kind: max(0.0, after[kind] - before[kind]) / tasks for kind in after}
 
 
-def measure(ground: Ground, *, repeats: int) -> Costs:
+def measure(ground: Ground, *, repeats: int, broker_url: str | None = None) -> Costs:
     """Run the worker and read the clocks; half a minute."""
     graph, warm = SHAPE.graph(), Shape.named("W100").graph()
     tasks = repeats * len(graph)
     used: list[TaskCost] = []
-    with Bench(ground, 2) as bench:
+    with Bench(ground, 2, broker_url) as bench:
         for shared in (False, True):
             with nullcontext() if shared else bench.messages_of_their_own():
                 bench.run(warm)
@@ -309,22 +322,15 @@ def measure(ground: Ground, *, repeats: int) -> Costs:
     )  # fmt: skip
 
 
-def _environment(place: Place) -> dict[str, str]:
-    return {
-        "PIPELINE_DATABASE_URL": place.database_url,
-        "PIPELINE_BROKER_URL": place.redis_url,
-        "PIPELINE_HOME": place.folder,
-    }
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.costs", description=__doc__)
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="executions of each kind (default 5)")
+    parser.add_argument("--broker-url", metavar="URL", help="of a RabbitMQ on this machine that does nothing else; default: a Redis")
     parser.add_argument("--output", type=Path, default=FILE, metavar="FILE", help=f"default {FILE}")
     options = parser.parse_args(argv)
     with Ground() as ground:
-        costs = measure(ground, repeats=options.repeats)
+        costs = measure(ground, repeats=options.repeats, broker_url=options.broker_url)
     text = json.dumps(asdict(costs), indent=2, ensure_ascii=False)
     options.output.write_text(text + "\n", "utf-8")
     print(text)
