@@ -102,7 +102,9 @@ class Dispatcher:
         with store.link.transaction():
             if definition_id is None:
                 definition_id = self.register(definition, store=store)
-            while missing := [n for n in range(len(inputs)) if n not in found]:
+            # in the order of keys, so that two callers with the same ones wait for each other in one direction only
+            in_order = sorted(range(len(inputs)), key=lambda n: idempotency_keys[n] or "")
+            while missing := [n for n in in_order if n not in found]:
                 work = [
                     NewExecution(
                         execution_id=_fresh_id(), input_data=inputs[n], input_digest=_digest(inputs[n]),

@@ -265,7 +265,7 @@ class Executor:
         if turn is None:
             self._after(attempt.fence, self.store.complete(attempt.fence, result))
             return result
-        ended = self.store.complete(attempt.fence, result, NOTHING if self.attendant.leaving else turn.follow())
+        ended = self.store.complete(attempt.fence, result, NOTHING if self.attendant.leaving else turn.follow(self._states))
         self._after(attempt.fence, replace(ended, ready=turn.go_on(ended)))
         self.turns.watch(turn)
         return result

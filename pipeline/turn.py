@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -80,8 +80,8 @@ class Turn:
         self._claim = None
         return claim
 
-    def follow(self) -> Follow:
-        """What may be claimed together with the end of the present task."""
+    def follow(self, known: Container[str] = ()) -> Follow:
+        """What may be claimed together with the end of the present task; `known`: executions whose state is at hand."""
         if self.over or time.monotonic() > self._ends:
             return NOTHING
         try:
@@ -90,7 +90,7 @@ class Turn:
             return Follow(room=self._room)
         return Follow(
             room=self._room, execution_id=step.execution_id, task_id=step.task_id, epoch=step.epoch, handler=step.handler,
-            durable=step in self._unsure,
+            durable=step in self._unsure, with_state=step.execution_id not in known,
         )  # fmt: skip
 
     def go_on(self, ended: Ended) -> tuple[ReadyTask, ...]:

@@ -48,6 +48,7 @@ class Attempts(Door):
             "complete_task", rows.Ended, **fence_of(fence), result=jsonb(result), grace=self.grace, room=follow.room,
             next_execution=follow.execution_id, next_task=follow.task_id, next_epoch=follow.epoch, handler=follow.handler,
             hard_limit=self.hard_limit * 3, durable=follow.durable,
+            with_state=follow.with_state,
         )  # fmt: skip
         return self.end(fence, "success", result=result) if ended.outcome == "again" else ended
 

@@ -69,12 +69,13 @@ SELECT task_id, result FROM pipeline.task_executions
  WHERE execution_id = %(execution_id)s AND task_id = ANY (%(task_ids)s)
 
 -- complete_task --
--- Record a success along the straight path, and claim what this worker goes on with; of another execution with its state.
+-- Record a success along the straight path, and claim what this worker goes on with; with the state of its execution where asked.
 SELECT c.outcome, to_json(c.ready) AS ready, CASE WHEN (c.next).task_id IS NOT NULL THEN to_json(c.next) END AS next, c.state,
        c.kept, c.durable
   FROM pipeline.complete_task(
     %(execution_id)s, %(task_id)s, %(epoch)s, %(worker_id)s, %(result)s, %(grace)s,
-    %(room)s, %(next_execution)s, %(next_task)s, %(next_epoch)s, %(handler)s, %(hard_limit)s, %(durable)s) c
+    %(room)s, %(next_execution)s, %(next_task)s, %(next_epoch)s, %(handler)s, %(hard_limit)s, %(durable)s,
+    %(with_state)s) c
 
 -- scatter --
 -- A message of its own for each of these tasks.

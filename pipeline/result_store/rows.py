@@ -146,6 +146,8 @@ class Follow:
     handler: str | None = None
     #: whether all that was recorded so far has to be on disk before the worker goes on
     durable: bool = False
+    #: whether the state of its execution is wanted too, where that is another
+    with_state: bool = False
 
 
 NOTHING = Follow(room=0.0)
@@ -162,7 +164,7 @@ class Ended:
     ready: tuple[ReadyTask, ...]
     #: what the worker goes on with, claimed already
     next: Claim | None = None
-    #: of the execution of `next`, where that is another
+    #: of the execution of `next`, where it was asked for
     state: dict[str, Any] | None = None
     #: whether `ready` is for the worker to keep: one message's tasks, of which nobody else hears
     kept: bool = False

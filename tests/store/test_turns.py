@@ -40,7 +40,7 @@ def leaders(ready: tuple[ReadyTask, ...]) -> dict[str, str | None]:
 
 
 def named(execution: str, task: str, epoch: int = 0, handler: str = NOOP) -> Follow:
-    return replace(ROOM, execution_id=execution, task_id=task, epoch=epoch, handler=handler)
+    return replace(ROOM, execution_id=execution, task_id=task, epoch=epoch, handler=handler, with_state=True)
 
 
 def holds(claim: Claim | None, execution: str, worker: int) -> Fence:
@@ -379,6 +379,17 @@ def test_repeat_of_a_complete_that_went_on_elsewhere_gives_the_same_next_task(ab
     fence = holds(able.store.complete(able.must_claim(one, "a"), None, ROOM).next, one, able.worker)
     first, again = (able.store.complete(fence, None, named(two, "a")) for _ in range(2))
     assert first.next is not None and (again.outcome, again.next) == ("done", first.next)
+
+
+def test_repeat_of_a_complete_that_kept_what_it_released_gives_it_up_for_publishing_once_it_is_on_disk(able: Driver) -> None:
+    one, two = pair(able)
+    fence, follow = able.must_claim(one, "a"), named(two, "a")
+    first = able.store.complete(fence, None, follow)
+    ((at,),) = able.sql("SELECT pg_current_wal_insert_lsn()::text")
+    again = able.store.complete(fence, None, follow)
+    assert able.sql("SELECT pg_current_wal_flush_lsn() >= %s::pg_lsn", at) == [(True,)]
+    assert (first.kept, first.durable, again.kept, again.durable) == (True, False, False, True)
+    assert [task.task_id for task in again.ready] == ["b"] and again.next == first.next
 
 
 def starts(drive: Driver, count: int, graph: dict[str, str] | None = None) -> list[ReadyTask]:

@@ -284,8 +284,8 @@ END $$;
 CREATE FUNCTION pipeline.complete_task(
     p_execution text, p_task text, p_epoch int, p_worker bigint, p_result jsonb, p_grace interval,
     p_room double precision, p_next_execution text, p_next text, p_next_epoch int, p_handler text, p_hard_limit interval,
-    p_durable boolean, OUT outcome text, OUT ready pipeline.ready_task[], OUT next pipeline.claimed_task, OUT state jsonb,
-    OUT kept boolean, OUT durable boolean
+    p_durable boolean, p_with_state boolean, OUT outcome text, OUT ready pipeline.ready_task[],
+    OUT next pipeline.claimed_task, OUT state jsonb, OUT kept boolean, OUT durable boolean
 ) LANGUAGE plpgsql AS $$
 DECLARE
     x record;
@@ -319,7 +319,7 @@ BEGIN
                     OR p_execution = p_next_execution AND t.task_id = p_next AND t.epoch = p_next_epoch + 1) LIMIT 1;
             IF next.task_id IS NULL AND p_next_execution <> p_execution THEN
                 next := pipeline.taken_before(p_next_execution, p_next, p_next_epoch, p_worker, p_handler, p_room);
-                state := pipeline.state_of(next.execution_id);
+                state := CASE WHEN p_with_state THEN pipeline.state_of(next.execution_id) END;
             END IF;
         END IF;
         RETURN;
@@ -347,8 +347,8 @@ BEGIN
     END IF;
     IF p_next_execution <> p_execution AND p_room > 0 THEN
         next := pipeline.go_on(p_next_execution, p_next, p_next_epoch, p_worker, p_handler, p_room, p_hard_limit);
-        state := pipeline.state_of(next.execution_id);
-    ELSIF released = '{}' AND p_room > 0 AND NOT x.paused THEN
+        state := CASE WHEN p_with_state THEN pipeline.state_of(next.execution_id) END;
+    ELSIF p_next_execution = p_execution AND released = '{}' AND p_room > 0 AND NOT x.paused THEN
         next := pipeline.start_task(
             p_execution, x.definition_id, p_next, p_next_epoch, p_worker, p_handler, p_room, p_hard_limit);
     END IF;
@@ -362,7 +362,8 @@ BEGIN
         END IF;
     ELSIF released <> '{}' THEN
         ready := pipeline.make_ready(p_execution, x.definition_id, released, p_grace);
-        kept := ready[1].timeout <= p_room AND NOT EXISTS (SELECT 1 FROM unnest(ready[2:]) r WHERE r.led_by IS NULL)
+        kept := coalesce(ready[1].timeout <= p_room, false)
+            AND NOT EXISTS (SELECT 1 FROM unnest(ready[2:]) r WHERE r.led_by IS NULL)
             AND EXISTS (SELECT 1 FROM pipeline.workers k
                          WHERE k.worker_id = p_worker AND ready[1].handler = ANY (k.handlers));
     END IF;
@@ -409,7 +410,7 @@ CREATE OR REPLACE FUNCTION pipeline.repeat_of(
 BEGIN
     PERFORM 1 FROM pipeline.task_executions t
       WHERE t.execution_id = p_execution AND t.task_id = p_task AND t.epoch = p_epoch AND t.worker_id = p_worker
-        AND t.status = p_outcome;
+        AND t.status = p_outcome FOR NO KEY UPDATE;
     IF NOT FOUND THEN
         RETURN QUERY SELECT 'stale', NULL::pipeline.ready_task[];
         RETURN;
