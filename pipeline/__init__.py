@@ -1,7 +1,7 @@
 """Data workflows on Celery, recorded in Postgres. The map, in the order of the flow:
 
 DEFINE     definition  builder  document      what is declared: in Python, YAML, JSON or dicts
-VALIDATE   validation  contents  problems  templates  graph  catalogue
+VALIDATE   validation  contents  problems  templates  graph  catalogue  submission
                                               every problem at once, with place and mend
 COMPILE    compiler  drawing  picture         groups and chords, and how they look
 DISPATCH   dispatch  redis_transport          record an execution, publish what is ready

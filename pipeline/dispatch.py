@@ -38,6 +38,9 @@ _NAMES_BYTES = 330
 #: tasks that a message may name beside its first: more than 1 KiB holds
 _MOST_OTHERS = 120
 
+#: bytes of inputs that one statement records
+_MOST_BYTES = 8 * 2**20
+
 _RETRIES = RetryPolicy()
 #: seconds that a message waits which a worker at its end gives back
 _MOMENT = 0.2
@@ -83,7 +86,7 @@ class Dispatcher:
             definition_id = self.register(definition, store=store)
         create = partial(
             store.create_execution, definition_id=definition_id, user_id=user_id, idempotency_key=idempotency_key,
-            input_data=input_data, input_digest=_digest(input_data),
+            input_data=input_data, input_digest=_digest(input_data)[0],
             variables=definition.variables, timeout=definition.timeout, queue_timeout=definition.queue_timeout,
         )  # fmt: skip
         while (created := create(execution_id=_fresh_id())) is None:  # another execution of this day has it
@@ -105,13 +108,18 @@ class Dispatcher:
             # in the order of keys, so that two callers with the same ones wait for each other in one direction only
             in_order = sorted(range(len(inputs)), key=lambda n: idempotency_keys[n] or "")
             while missing := [n for n in in_order if n not in found]:
-                work = [
-                    NewExecution(
-                        execution_id=_fresh_id(), input_data=inputs[n], input_digest=_digest(inputs[n]),
-                        idempotency_key=idempotency_keys[n],
-                    )
-                    for n in missing
-                ]  # fmt: skip
+                work, size = list[NewExecution](), 0
+                for n in missing:
+                    digest, length = _digest(inputs[n])
+                    if work and size + length > _MOST_BYTES:
+                        break
+                    size += length
+                    work.append(
+                        NewExecution(
+                            execution_id=_fresh_id(), input_data=inputs[n], input_digest=digest,
+                            idempotency_key=idempotency_keys[n],
+                        )
+                    )  # fmt: skip
                 created = store.create_executions(
                     work, definition_id=definition_id, user_id=user_id, variables=definition.variables,
                     timeout=definition.timeout, queue_timeout=definition.queue_timeout,
@@ -216,9 +224,10 @@ class Dispatcher:
         return body, said, properties
 
 
-def _digest(input_data: Mapping[str, Any]) -> str:
-    text = json.dumps(input_data, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+def _digest(input_data: Mapping[str, Any]) -> tuple[str, int]:
+    """Of the canonical JSON: its digest and its length in bytes."""
+    text = json.dumps(input_data, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    return hashlib.sha256(text).hexdigest(), len(text)
 
 
 def _fresh_id() -> str:

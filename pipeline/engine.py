@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -14,20 +14,19 @@ from config.settings import Settings
 from pipeline.app import Installation
 from pipeline.definition import WorkflowDefinition
 from pipeline.document import Document
-from pipeline.errors import DatabaseUnavailable, IllegalTransition, InputError, Problem, SchemaMismatch, WaitTimeout
+from pipeline.errors import DatabaseUnavailable, IllegalTransition, SchemaMismatch, WaitTimeout
 from pipeline.observe import Execution, read_execution
 from pipeline.result_store.connection import Connection, Listener
 from pipeline.result_store.rows import AttemptRow, Event, ExecutionSummary
 from pipeline.result_store.store import ResultStore
 from pipeline.states import OPEN_EXECUTIONS, TERMINAL_EXECUTIONS, ExecutionStatus, TaskStatus
+from pipeline.submission import as_input, as_inputs, as_keys, require_text
 from pipeline.validation import validate, validate_input, validate_inputs
 
 #: seconds between two looks of a waiter that heard nothing: notifications are the fast way, this is the sure one
 _POLL = 5.0
 #: held by the thread that has paused garbage collection
 _pausing = threading.Lock()
-#: characters of a user's name or an idempotency key
-_TEXT_LENGTH = 255
 
 #: what a workflow can be given as: a model, a dict, a parsed file, or the id (`id` or `id@version`) of a registered one
 Workflow = WorkflowDefinition | Mapping[str, Any] | Document | str
@@ -90,8 +89,8 @@ class WorkflowEngine:
             DefinitionConflict, IdempotencyConflict: see there.
             DatabaseUnavailable: the execution may not be recorded.
         """
-        _require_text(user_id=user_id, idempotency_key=idempotency_key)
-        data = _input(input_data, "")
+        require_text(user_id=user_id, idempotency_key=idempotency_key)
+        data = as_input(input_data)
         definition, key = self._to_run(workflow_def, connection)
         validate_input(definition, data, self.installation.catalogue, self.installation.limits)
         dispatcher = self.installation.dispatcher
@@ -104,7 +103,7 @@ class WorkflowEngine:
         return created.execution_id
 
     def execute_many(
-        self, workflow_def: Workflow, inputs: Sequence[Mapping[str, Any] | None], user_id: str | None = None, *,
+        self, workflow_def: Workflow, inputs: Iterable[Mapping[str, Any] | None], user_id: str | None = None, *,
         idempotency_keys: Sequence[str | None] | None = None, connection: Connection | None = None,
     ) -> list[str]:  # fmt: skip
         """Enqueue an execution for each input, all or none, and return their ids in the same order.
@@ -114,16 +113,13 @@ class WorkflowEngine:
         `idempotency_keys` are given, one belongs to each input.
 
         Raises:
-            InputError: with every problem of every input; nothing is recorded.
+            InputError: with the problems of all inputs, of the first ones where those are many; nothing is recorded.
             IdempotencyConflict: for the first key that is used already; nothing is recorded.
             Further ones: see `execute_workflow`.
         """
-        keys = [None] * len(inputs) if idempotency_keys is None else list(idempotency_keys)
-        if len(keys) != len(inputs):
-            what = f"{len(keys)} keys for {len(inputs)} inputs"
-            raise InputError((Problem(path="idempotency_keys", what=what, how="give one for each input, or none at all"),))
-        _require_text(user_id=user_id, **{f"idempotency_keys[{n}]": key for n, key in enumerate(keys)})
-        data = [_input(one, f"[{n}]") for n, one in enumerate(inputs)]
+        data = as_inputs(inputs)
+        keys: list[str | None] = [None] * len(data) if idempotency_keys is None else as_keys(idempotency_keys, data)
+        require_text(user_id=user_id, **{f"idempotency_keys[{n}]": key for n, key in enumerate(keys)})
         definition, key = self._to_run(workflow_def, connection)
         validate_inputs(definition, data, self.installation.catalogue, self.installation.limits)
         dispatcher = self.installation.dispatcher
@@ -155,9 +151,8 @@ class WorkflowEngine:
                 try:
                     if listener is None:
                         listener = self.installation.store.listen("pipeline_finished")
-                        status = self.installation.store.await_execution(execution_id)
-                    else:
-                        status = self.installation.store.execution_status(execution_id)
+                        self.installation.store.await_execution(execution_id)
+                    status = self.installation.store.execution_status(execution_id)
                     seen = True
                     if status in TERMINAL_EXECUTIONS:
                         return self.get_execution(execution_id)
@@ -339,28 +334,6 @@ def _garbage_left() -> Iterator[None]:
         if collecting:
             gc.enable()
         _pausing.release()
-
-
-def _input(given: Mapping[str, Any] | None, path: str) -> dict[str, Any]:
-    if given is not None and not isinstance(given, Mapping):
-        raise InputError((Problem(path=path, what=f"is a {type(given).__name__}, not a mapping", source="<input>"),))
-    return dict(given or {})
-
-
-def _require_text(**texts: str | None) -> None:
-    """Refuse what Postgres cannot hold, or nobody would mean.
-
-    Raises:
-        InputError: a text is too long, or has a character that cannot be stored.
-    """
-    wrong = []
-    for name, text in texts.items():
-        if text and ("\0" in text or any("\ud800" <= c <= "\udfff" for c in text)):
-            wrong.append(Problem(path=name, what="has a character that cannot be stored (NUL, or half a surrogate pair)"))
-        if text and len(text) > _TEXT_LENGTH:
-            wrong.append(Problem(path=name, what=f"has {len(text):,} characters, more than {_TEXT_LENGTH}"))
-    if wrong:
-        raise InputError(tuple(wrong))
 
 
 def _require(execution_id: str, operation: str, found: ExecutionStatus, allowed: frozenset[ExecutionStatus]) -> None:

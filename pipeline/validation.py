@@ -23,8 +23,10 @@ from pipeline.errors import DefinitionError, InputError, Problem
 from pipeline.problems import Problems, clip, is_json, schema_validator
 from pipeline.templates import Path, has_templates, references
 
-__all__ = ["Limits", "check", "json_schema", "validate", "validate_input", "validate_inputs"]
+__all__ = ["MOST_PROBLEMS", "Limits", "check", "json_schema", "validate", "validate_input", "validate_inputs"]
 
+#: of inputs that are checked together; who has more makes the same mistake in each
+MOST_PROBLEMS = 50
 _BY_REFERENCE = "hand on large data as an artifact"
 
 
@@ -97,10 +99,13 @@ def validate_inputs(
     """Check the inputs of several executions.
 
     Raises:
-        InputError: with every problem of all; the place begins with the input's, as `[3].day`.
+        InputError: with every problem of all, or of the first that have many; the place begins with the input's: `[3].day`.
     """
     needed, problems = _needed_input(definition, catalogue), list[Problem]()
     for number, input_data in enumerate(inputs):
+        if len(problems) >= MOST_PROBLEMS:
+            problems.append(Problem(path=f"[{number}]", what="this input and those behind it were not checked", source="<inputs>"))
+            break
         for problem in _input_problems(definition, input_data, needed, limits):
             inside = problem.path if problem.path.startswith("[") or not problem.path else f".{problem.path}"
             problems.append(replace(problem, path=f"[{number}]{inside}", source="<inputs>"))

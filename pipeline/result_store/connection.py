@@ -35,6 +35,11 @@ _SESSION = (
 #: of partitioned tables Postgres would else make a new plan for each call of a function, at the price of all the rest of it
 _KEEP_PLANS = "; SET plan_cache_mode = force_generic_plan"
 _TRIES_ON_CONFLICT = 10
+#: what a server says that is there and well
+_GIVEN_UP = (
+    psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure, psycopg.errors.QueryCanceled,
+    psycopg.errors.ProgramLimitExceeded,
+)  # fmt: skip
 
 
 class Link(Protocol):
@@ -64,6 +69,8 @@ def translated() -> Iterator[None]:
         raise SchemaMismatch(f"the database lacks this version's schema ({first}); run `pipeline db upgrade`") from exc
     except (psycopg.OperationalError, psycopg.InterfaceError) as exc:
         first = (str(exc).strip() or type(exc).__name__).splitlines()[0]
+        if isinstance(exc, _GIVEN_UP):
+            raise DatabaseUnavailable(f"Postgres gave up a statement: {first}") from exc
         raise DatabaseUnavailable(f"Postgres cannot be reached: {first}; look at PIPELINE_DATABASE_URL") from exc
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
+
+import psycopg
 
 from pipeline.errors import ExecutionNotFound, TaskNotFound
 from pipeline.result_store import rows
@@ -38,7 +41,7 @@ class Executions(Door):
     ) -> list[rows.Created]:  # fmt: skip
         """Record several executions of a definition, as `create_execution` does one; what would give None is left out."""
         return self._all(
-            "create_executions", rows.Created, work=jsonb([asdict(new) for new in work]), definition_id=definition_id,
+            "create_executions", rows.Created, work=jsonb([vars(new) for new in work]), definition_id=definition_id,
             user_id=user_id, variables=jsonb(variables), timeout=_seconds(timeout), queue_timeout=_seconds(queue_timeout),
             grace=self.grace,
         )  # fmt: skip
@@ -51,13 +54,10 @@ class Executions(Door):
         """
         return ExecutionStatus(_known(self._one("execution_status", _Status, execution_id=execution_id), execution_id))
 
-    def await_execution(self, execution_id: str) -> ExecutionStatus:
-        """The status; from then on, who listens to `pipeline_finished` hears of the end.
-
-        Raises:
-            ExecutionNotFound: there is none.
-        """
-        return ExecutionStatus(_known(self._one("await_execution", _Status, execution_id=execution_id), execution_id))
+    def await_execution(self, execution_id: str) -> None:
+        """From now on, who listens to `pipeline_finished` hears of its end; nobody does who may only read."""
+        with suppress(psycopg.errors.InsufficientPrivilege, psycopg.errors.ReadOnlySqlTransaction):
+            self._all("await_execution", _Status, execution_id=execution_id)
 
     def get_execution(self, execution_id: str) -> rows.ExecutionRow:
         """One execution without its tasks.

@@ -248,8 +248,9 @@ DELETE FROM pipeline.workers k WHERE k.expires_at < pipeline.clock() - %(age)s
                     WHERE t.worker_id = k.worker_id AND t.status = 'running' AND t.deadline_at IS NOT NULL)
 
 -- await_execution --
--- Its status; from then on its end is told to those who listen.
-UPDATE pipeline.workflow_executions SET awaited = true WHERE execution_id = %(execution_id)s RETURNING status
+-- Have its end told to those who listen; no row where that is so already, or it has ended.
+UPDATE pipeline.workflow_executions SET awaited = true
+ WHERE execution_id = %(execution_id)s AND NOT awaited AND finished_at IS NULL RETURNING status
 
 -- get_execution --
 -- One execution.

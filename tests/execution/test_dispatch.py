@@ -67,17 +67,35 @@ def test_executions_enqueued_together_are_all_there_or_none_and_every_problem_is
     for inputs in ([{"n": 1}, 5], [{"n": 1}, "n"]):
         with pytest.raises(InputError, match=r"\[1\]: is a (int|str), not a mapping"):
             site.engine.execute_many(definition, inputs)  # type: ignore[arg-type]
+    for inputs in ({"n": 1}, "n", 5, None):
+        with pytest.raises(InputError, match=r"inputs: is a (dict|str|int|NoneType), not a list of mappings"):
+            site.engine.execute_many(definition, inputs)  # type: ignore[arg-type]
+    with pytest.raises(InputError) as wrong:
+        site.engine.execute_many(definition, [{}] * 200)
+    assert len(wrong.value.problems) == 51 and "not checked" in wrong.value.problems[-1].what
+    for keys in ("ab", 5, {"a": 1, "b": 2}):
+        with pytest.raises(InputError, match=r"idempotency_keys: is a (str|int|dict), not a list"):
+            site.engine.execute_many(definition, [{"n": 1}, {"n": 2}], idempotency_keys=keys)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"idempotency_keys\[1\]: is a int, not text"):
+        site.engine.execute_many(definition, [{"n": 1}, {"n": 2}], idempotency_keys=["a", 0])  # type: ignore[list-item]
+    with pytest.raises(InputError, match=r"idempotency_keys\[1\]: is that of input 0 too, which is another"):
+        site.engine.execute_many(definition, [{"n": 1}, {"n": 2}], idempotency_keys=["a", "a"])
+    with pytest.raises(InputError, match="user_id: is a list, not text"):
+        site.engine.execute_workflow(definition, {"n": 1}, ["u"])  # type: ignore[arg-type]
     with pytest.raises(InputError, match="1 keys for 2 inputs"):
         site.engine.execute_many(definition, [{"n": 1}, {"n": 2}], idempotency_keys=["a"])
     with pytest.raises(InputError, match=r"idempotency_keys\[1\]"):
         site.engine.execute_many(definition, [{"n": 1}, {"n": 2}], idempotency_keys=["a", "\0"])
     assert site.engine.list_executions() == []
     assert site.engine.execute_many(definition, []) == []
+    assert len(site.engine.execute_many(definition, ({"n": n} for n in range(3)))) == 3
+    for row in site.engine.list_executions():
+        site.engine.cancel(row.execution_id)
     first, second = site.engine.execute_many(definition, [{"n": 1}, {"n": 2}], idempotency_keys=["a", None])
     with pytest.raises(IdempotencyConflict):
         site.engine.execute_many(definition, [{"n": 3}, {"n": 2}], idempotency_keys=[None, "a"])
     third, again = site.engine.execute_many(definition, [{"n": 3}, {"n": 1}], idempotency_keys=[None, "a"])
-    assert (again, {row.execution_id for row in site.engine.list_executions()}) == (first, {first, second, third})
+    assert (again, {row.execution_id for row in site.engine.list_executions("pending")}) == (first, {first, second, third})
 
 
 def test_executions_enqueued_together_in_a_callers_transaction_exist_once_it_commits(site: Site) -> None:

@@ -241,7 +241,14 @@ class Oracle:
     def take_due(self, *, first_only: bool) -> list[Hint]:
         """What is published (again), each time later than the last; what is paused waits for its resume."""
         hints = []
-        for x, task in [(x, task) for x, task in self.all() if self._taken(x, task, first_only=first_only)]:
+        due = [(x, t) for x, t in self.all() if t.waiting and t.due is not None and t.due <= self.now]
+        left = [task for x, task in due if task.led_by and not x.paused and self._led(x, task)]
+        for x, task in due:
+            if any(task is one for one in left):
+                task.due = self.now + self.grace / 4
+                continue
+            if task.led_by is None and task.hints and first_only:
+                continue
             task.led_by = None
             if x.paused:
                 task.due, task.hints = inf, 0
@@ -249,13 +256,6 @@ class Oracle:
             task.due, task.hints = self.now + self.grace * 2 ** min(task.hints, 6), task.hints + 1
             hints.append((x.id, task.id, task.epoch))
         return hints
-
-    def _taken(self, x: Execution, task: Task, *, first_only: bool) -> bool:
-        if not task.waiting or task.due is None or task.due > self.now:
-            return False
-        if task.led_by is None:
-            return not (task.hints and first_only)
-        return x.paused or not self._led(x, task)
 
     def _led(self, x: Execution, task: Task) -> bool:
         """Whether the message that a task shares is still to come, or came so lately that its turn may come yet."""

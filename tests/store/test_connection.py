@@ -224,11 +224,30 @@ def test_listener_hears_of_executions_that_end_and_are_awaited_and_only_of_those
     with drive.store.listen("pipeline_finished") as listener:
         execution = drive.start({"a": "", "b": "a"})
         drive.drain(drive.start({"a": ""}))
-        assert drive.store.await_execution(execution) == "pending"
+        drive.store.await_execution(execution)
         drive.complete(execution, "a")
         assert listener.wait(0) == []
         drive.complete(execution, "b")
         assert listener.wait(60) == [execution]
+
+
+def test_waiting_writes_once_and_nothing_where_the_execution_has_ended_or_nothing_may_be_written(drive: Driver) -> None:
+    def versions() -> list[tuple[str]]:
+        return drive.sql("SELECT ctid::text FROM pipeline.workflow_executions WHERE execution_id = %s", execution)
+
+    execution = drive.start({"a": ""})
+    drive.sql("SET default_transaction_read_only = on")
+    drive.store.await_execution(execution)
+    drive.sql("SET default_transaction_read_only = off")
+    assert drive.sql("SELECT awaited FROM pipeline.workflow_executions WHERE execution_id = %s", execution) == [(False,)]
+    drive.store.await_execution(execution)
+    before = versions()
+    drive.store.await_execution(execution)
+    assert versions() == before
+    drive.drain(execution)
+    before = versions()
+    drive.store.await_execution(execution)
+    assert versions() == before
 
 
 @pytest.mark.parametrize("operation", ["cancel_execution", "expire"])

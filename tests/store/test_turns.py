@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -449,7 +450,10 @@ def test_take_due_publishes_what_shares_the_message_of_an_execution_that_will_no
         able.store.cancel_execution(leader.execution_id, None)
     if gone == "forgotten":
         able.store.forget_executions([leader.execution_id])
-    found = [task for _ in range(2) for task in able.store.take_due(10, first_only=False)]
+    found = list[ReadyTask]()
+    for seconds in (70, 80):
+        able.set_clock(seconds)
+        found += [task for task in able.store.take_due(10, first_only=False) if task.execution_id == led.execution_id]
     assert [(task.execution_id, task.led_by) for task in found] == [(led.execution_id, None)]
     able.clear()
 
@@ -474,4 +478,48 @@ def test_execution_recorded_with_others_whose_id_is_taken_gets_another(
     inputs = [{"n": n} for n in range(3)]
     created = able.dispatcher.create_many(able.define({"a": ""}), inputs, idempotency_keys=[None] * 3)
     assert [one.execution_id for one in created] == ["exec-0", "exec-1", "exec-2"]
+    assert [able.store.get_execution(one.execution_id).input_data for one in created] == inputs
+
+
+def test_take_due_comes_to_what_lost_its_leader_however_many_wait_for_theirs(able: Driver) -> None:
+    able.set_clock(0)
+    starts(able, 1_300)
+    leader, led = starts(able, 2)
+    able.store.cancel_execution(leader.execution_id, None)
+    found: list[str] = []
+    for look in range(1, 8):
+        able.set_clock(60 + look)
+        found += [task.execution_id for task in able.store.take_due(2_000, first_only=True)]
+    assert found == [led.execution_id]
+    able.clear()
+
+
+def test_scatter_waits_for_nobody_who_changes_the_execution_and_leaves_the_tasks_to_recovery(able: Driver) -> None:
+    able.set_clock(0)
+    execution = able.start({"a": "", "b": "", "c": ""})
+    able.must_claim(execution, "a")
+    with psycopg.connect(able.url) as changing:
+        changing.execute("SELECT pg_advisory_xact_lock(pipeline.lock_key(%s))", [execution])
+        assert able.store.scatter(execution, {"b": 0, "c": 0}) == ()
+    able.set_clock(60)
+    assert [task.task_id for task in able.store.take_due(10, first_only=True)] == ["b", "c"]
+    able.clear()
+
+
+def test_inputs_recorded_together_are_stored_as_they_are(able: Driver) -> None:
+    class Headers(dict[str, int]):
+        def __init__(self, name: str, **values: int) -> None:
+            super().__init__(**values)
+
+    definition, given = able.define({"a": ""}), {"n": 1, "x": Headers("h", a=2, b=3), "y": defaultdict(list, a=[1])}
+    created = able.dispatcher.create_many(definition, [given], idempotency_keys=[None])
+    assert able.store.get_execution(created[0].execution_id).input_data == {"n": 1, "x": {"a": 2, "b": 3}, "y": {"a": [1]}}
+
+
+def test_inputs_that_are_large_together_are_recorded_by_several_statements_in_their_order(
+    able: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.dispatch._MOST_BYTES", 1_000)
+    inputs = [{"n": n, "text": "x" * (300 if n % 3 else 2_000)} for n in range(20)]
+    created = able.dispatcher.create_many(able.define({"a": ""}), inputs, idempotency_keys=[f"k{n % 7}-{n}" for n in range(20)])
     assert [able.store.get_execution(one.execution_id).input_data for one in created] == inputs

@@ -387,7 +387,9 @@ END $$;
 CREATE OR REPLACE FUNCTION pipeline.scatter(p_execution text, p_tasks text[], p_epochs int[], p_grace interval)
 RETURNS SETOF pipeline.ready_task LANGUAGE plpgsql AS $$
 BEGIN
-    PERFORM pg_advisory_xact_lock_shared(pipeline.lock_key(p_execution));
+    IF NOT pg_try_advisory_xact_lock_shared(pipeline.lock_key(p_execution)) THEN
+        RETURN;
+    END IF;
     PERFORM 1 FROM pipeline.task_executions t
       WHERE t.execution_id = p_execution AND t.task_id = ANY (p_tasks) ORDER BY t.task_id FOR NO KEY UPDATE;
     RETURN QUERY
@@ -462,29 +464,32 @@ RETURNS SETOF pipeline.ready_task LANGUAGE plpgsql AS $$
 DECLARE
     executions text[];
     tasks text[];
+    led record;
 BEGIN
     SELECT coalesce(array_agg(d.execution_id), '{}'), coalesce(array_agg(d.task_id), '{}') INTO executions, tasks
       FROM (SELECT t.execution_id, t.task_id FROM pipeline.task_executions t
              WHERE t.status IN ('pending', 'retry') AND t.due_at <= pipeline.clock() AND t.led_by IS NULL
                AND (t.hints = 0 OR NOT p_first_only)
              ORDER BY t.due_at LIMIT p_limit FOR NO KEY UPDATE SKIP LOCKED) d;
-    SELECT executions || coalesce(array_agg(d.execution_id), '{}'), tasks || coalesce(array_agg(d.task_id), '{}')
-      INTO executions, tasks
-      FROM (SELECT t.*
-              FROM (SELECT f.execution_id, f.task_id FROM pipeline.task_executions f
-                     WHERE f.status IN ('pending', 'retry') AND f.due_at <= pipeline.clock() AND f.led_by IS NOT NULL
-                     ORDER BY f.due_at LIMIT 1000) oldest,  -- the others' turn comes
-                   LATERAL (
-                    SELECT t.execution_id, t.task_id FROM pipeline.task_executions t
-                      JOIN pipeline.workflow_executions e USING (execution_id)
-                     WHERE t.execution_id = oldest.execution_id AND t.task_id = oldest.task_id
-                       AND t.led_by IS NOT NULL AND (e.paused OR NOT EXISTS (
-                           SELECT 1 FROM pipeline.task_executions l
-                            WHERE l.execution_id = coalesce(t.led_in, t.execution_id) AND l.task_id = t.led_by
-                              AND (l.started_at > pipeline.clock() - interval '2 s' OR l.status = 'pending'
-                                   AND l.due_at < 'infinity' AND coalesce(l.started_at, '-infinity') < t.ready_at)))
-                       FOR NO KEY UPDATE OF t SKIP LOCKED) t
-             LIMIT p_limit - cardinality(tasks)) d;
+    FOR led IN
+        SELECT f.execution_id, f.task_id, f.led_by, f.led_in, f.ready_at FROM pipeline.task_executions f
+         WHERE f.status IN ('pending', 'retry') AND f.due_at <= pipeline.clock() AND f.led_by IS NOT NULL
+         ORDER BY f.due_at LIMIT 1000 FOR NO KEY UPDATE SKIP LOCKED
+    LOOP
+        EXIT WHEN cardinality(tasks) >= p_limit;
+        IF NOT (SELECT e.paused FROM pipeline.workflow_executions e WHERE e.execution_id = led.execution_id) AND EXISTS (
+            SELECT 1 FROM pipeline.task_executions l
+             WHERE l.execution_id = coalesce(led.led_in, led.execution_id) AND l.task_id = led.led_by
+               AND (l.started_at > pipeline.clock() - interval '2 s' OR l.status = 'pending'
+                    AND l.due_at < 'infinity' AND coalesce(l.started_at, '-infinity') < led.ready_at))
+        THEN
+            UPDATE pipeline.task_executions t SET due_at = pipeline.clock() + p_grace / 4
+             WHERE t.execution_id = led.execution_id AND t.task_id = led.task_id;
+        ELSE
+            executions := executions || led.execution_id;
+            tasks := tasks || led.task_id;
+        END IF;
+    END LOOP;
     RETURN QUERY
         WITH pushed AS (
             UPDATE pipeline.task_executions t
