@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from pipeline.definition import WorkflowDefinition
@@ -60,12 +61,16 @@ class Campaign:
         self, work: Sequence[tuple[WorkflowDefinition, Mapping[str, Any]]], faults: Sequence[Fault],
         *, meanwhile: Callable[[float, int], Sequence[Fault]] = lambda seconds, ended: (),
     ) -> Round:  # fmt: skip
-        """Run workflows, with faults; `meanwhile` is asked all the time for more, given the seconds and ended tasks."""
+        """Run workflows, those of one definition together, with faults; `meanwhile` is asked all the time for more, given the seconds and ended tasks."""
         self._number += 1
         offset, plan = self.ledger.size(), self.arena.settings.fault_plan
         assert plan is not None
         inside = write_plan(plan, faults, self._number)
-        ids = [self.arena.engine.execute_workflow(definition, data) for definition, data in work]
+        ids = [
+            execution_id
+            for _, alike in groupby(work, key=lambda one: one[0].digest)
+            for execution_id in self._enqueue(list(alike))
+        ]
         began = time.monotonic()
         waiting = sorted((f for f in faults if f.transition is None), key=lambda f: f.after)
         undo: list[tuple[float, Callable[[], None]]] = []
@@ -114,6 +119,12 @@ class Campaign:
             number=self._number, injected=tuple(injected), missed=(*inside.values(), *waiting, *missed), executions=len(ids), runs=starts,
             violations=tuple(found), recovery=max(0.0, finished - disturbed),
         )  # fmt: skip
+
+    def _enqueue(self, work: Sequence[tuple[WorkflowDefinition, Mapping[str, Any]]]) -> list[str]:
+        (definition, data), engine = work[0], self.arena.engine
+        if len(work) == 1:
+            return [engine.execute_workflow(definition, data)]
+        return engine.execute_many(definition, [data for _, data in work])
 
     def _progress(self, ids: list[str]) -> tuple[int, int]:
         found = self.arena.query(

@@ -17,7 +17,7 @@ from pipeline.testing.checks import Record
 from pipeline.testing.fault import OF_OWN_BROKER, OF_OWN_DATABASE, Fault, all_kinds, draw, select
 from pipeline.testing.fleet import Fleet
 from pipeline.testing.report import Broken, Report
-from pipeline.testing.workload import random_workflow
+from pipeline.testing.workload import random_work
 
 #: how often a fault that did not hit is planned again
 _AGAIN = 5
@@ -106,10 +106,8 @@ class CrashKit:
                         planned.append(fault)
                     if not planned:
                         break
-                    work = [
-                        (model or random_workflow(rng, campaign.ledger.folder), self.input_data) for _ in range(self.in_flight)
-                    ]
-                    done = campaign.round(work, planned)
+                    models = [model] * self.in_flight if model else random_work(rng, campaign.ledger.folder, self.in_flight)
+                    done = campaign.round([(each, self.input_data) for each in models], planned)
                     for fault in done.missed:
                         sooner = replace(fault, nth=max(1, fault.nth // 2), after=0.0)
                         tries[sooner] += 1

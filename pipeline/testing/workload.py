@@ -11,12 +11,20 @@ from pipeline.definition import WorkflowDefinition
 _RETRIES = {"max_retries": 5, "backoff": "fixed", "max_delay": 0.2}
 
 
-def random_workflow(rng: random.Random, ledger: Path) -> WorkflowDefinition:
-    """A graph of any shape with effects, retries, skips at the rim, and small sleeps."""
+def random_work(rng: random.Random, ledger: Path, count: int) -> list[WorkflowDefinition]:
+    """One for each of so many executions: half of them differ, the others are of one that begins with one task."""
+    together = count // 2
+    same = random_workflow(rng, ledger, entries=1)
+    return [*(random_workflow(rng, ledger) for _ in range(count - together)), *[same] * together]
+
+
+def random_workflow(rng: random.Random, ledger: Path, *, entries: int = 30) -> WorkflowDefinition:
+    """A graph of any shape with effects, retries, skips at the rim, and small sleeps; only its first tasks wait for none."""
     count = rng.randint(5, 30)
     tasks: list[dict[str, Any]] = []
     for number in range(count):
-        before = rng.sample(range(number), min(number, rng.choice((0, 1, 1, 2, 2, 3, 5))))
+        least = int(number >= entries)
+        before = rng.sample(range(number), min(number, max(least, rng.choice((0, 1, 1, 2, 2, 3, 5)))))
         handler, params = _job(rng, ledger, rim=number > count * 0.7)
         tasks.append({
             "id": f"t{number:02d}", "handler": handler, "params": params, "retry_policy": _RETRIES,

@@ -88,8 +88,7 @@ def test_check_of_the_callers_is_asked_for_every_execution(arena: Arena, fleet: 
     [
         ("UPDATE pipeline.task_executions SET epoch = epoch + 5 WHERE task_id = 'b'", "recorded_as_run"),
         ("UPDATE pipeline.workflow_executions SET status = 'running', finished_at = NULL", "has not ended"),
-        ("UPDATE pipeline.task_executions SET status = 'running', worker_id = 1, deadline_at = now(), finished_at = NULL"
-         " WHERE task_id = 'b'",
+        ("UPDATE pipeline.task_executions SET status = 'running', worker_id = 1, deadline_at = now(), finished_at = NULL WHERE task_id = 'b'",
          "with open tasks b"),
         ("UPDATE pipeline.workflow_tasks SET dependencies = '{b}' WHERE task_id = 'a'", "in_order"),
     ],
