@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -104,13 +104,13 @@ class WorkflowEngine:
 
     def execute_many(
         self, workflow_def: Workflow, inputs: Iterable[Mapping[str, Any] | None], user_id: str | None = None, *,
-        idempotency_keys: Sequence[str | None] | None = None, connection: Connection | None = None,
+        idempotency_keys: Iterable[str | None] | None = None, connection: Connection | None = None,
     ) -> list[str]:  # fmt: skip
         """Enqueue an execution for each input, all or none, and return their ids in the same order.
 
         For a backfill, or wherever many small executions come at once: it costs a sixth of what as many calls do, and where
         the workflow begins with one task, executions share messages. All else is as `execute_workflow` has it; where
-        `idempotency_keys` are given, one belongs to each input.
+        `idempotency_keys` are given, one belongs to each input, and those that are known give their executions' ids again.
 
         Raises:
             InputError: with the problems of all inputs, of the first ones where those are many; nothing is recorded.

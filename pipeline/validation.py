@@ -99,16 +99,16 @@ def validate_inputs(
     """Check the inputs of several executions.
 
     Raises:
-        InputError: with every problem of all, or of the first that have many; the place begins with the input's: `[3].day`.
+        InputError: with every problem of all, or of the first that have many; the place begins with the input's: `inputs[3].day`.
     """
     needed, problems = _needed_input(definition, catalogue), list[Problem]()
     for number, input_data in enumerate(inputs):
         if len(problems) >= MOST_PROBLEMS:
-            problems.append(Problem(path=f"[{number}]", what="this input and those behind it were not checked", source="<inputs>"))
+            problems.append(Problem(path=f"inputs[{number}]", what="this one and those behind it were not checked"))
             break
         for problem in _input_problems(definition, input_data, needed, limits):
             inside = problem.path if problem.path.startswith("[") or not problem.path else f".{problem.path}"
-            problems.append(replace(problem, path=f"[{number}]{inside}", source="<inputs>"))
+            problems.append(replace(problem, path=f"inputs[{number}]{inside}", source=""))
     if problems:
         raise InputError(tuple(problems))
 

@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "problems": {"document", "errors", "templates"},
     "contents": {"catalogue", "definition", "errors", "graph", "problems", "templates"},
     "validation": {"catalogue", "contents", "definition", "document", "errors", "graph", "problems", "templates"},
-    "submission": {"errors", "validation"},
+    "submission": {"errors"},
     "builder": {"definition", "document", "errors", "validation"},
     "compiler": {"definition", "errors", "graph"},
     "picture": {"compiler", "definition"},
@@ -51,6 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "result_store.attempts": {"errors", "result_store.door", "result_store.rows"},
     "result_store.fleet": {"result_store.door", "result_store.rows"},
     "result_store.store": {
+        "errors",
         "result_store.attempts", "result_store.connection", "result_store.definitions", "result_store.executions",
         "result_store.fleet", "result_store.rows",
     },

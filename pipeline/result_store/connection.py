@@ -66,7 +66,8 @@ def translated() -> Iterator[None]:
         yield
     except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedFunction, psycopg.errors.InvalidSchemaName) as exc:
         first = str(exc).splitlines()[0]
-        raise SchemaMismatch(f"the database lacks this version's schema ({first}); run `pipeline db upgrade`") from exc
+        how = "where the database is the older (`pipeline db status`), run `pipeline db upgrade`"
+        raise SchemaMismatch(f"the database has another schema than this version of chordal ({first}); {how}") from exc
     except (psycopg.OperationalError, psycopg.InterfaceError) as exc:
         first = (str(exc).strip() or type(exc).__name__).splitlines()[0]
         if isinstance(exc, _GIVEN_UP):

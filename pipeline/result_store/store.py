@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Self
 
+import psycopg
+
+from pipeline.errors import InputError, Problem
 from pipeline.result_store import rows
 from pipeline.result_store.attempts import Attempts
 from pipeline.result_store.connection import Borrowed, Connection, Database, Listener
@@ -23,7 +26,14 @@ class ResultStore(Definitions, Executions, Attempts, Fleet):
         return cls(Database(url, patience=patience, keep_plans=keep_plans, name=name), url=url, **options)
 
     def within(self, connection: Connection) -> ResultStore:
-        """The same store inside a caller's transaction."""
+        """The same store inside a caller's transaction.
+
+        Raises:
+            InputError: it is no connection of psycopg 3.
+        """
+        if not isinstance(connection, psycopg.Connection):
+            what, how = f"is a {type(connection).__name__}, not a connection of psycopg 3", "give what psycopg.connect returns"
+            raise InputError((Problem(path="connection", what=what, how=how),))
         return ResultStore(
             Borrowed(connection), url=self.url,
             grace=0.0,  # nobody publishes after the caller's commit: recovery does, at its next look

@@ -63,10 +63,10 @@ def test_executions_enqueued_together_are_all_there_or_none_and_every_problem_is
     definition = workflow(task("a", "debug.echo", params={"n": "{{ input.n }}"}))
     with pytest.raises(InputError) as wrong:
         site.engine.execute_many(definition, [{"n": 1}, {}, {"n": 2}, {}])
-    assert [(p.path, p.source) for p in wrong.value.problems] == [("[1].n", "<inputs>"), ("[3].n", "<inputs>")]
-    for inputs in ([{"n": 1}, 5], [{"n": 1}, "n"]):
-        with pytest.raises(InputError, match=r"\[1\]: is a (int|str), not a mapping"):
-            site.engine.execute_many(definition, inputs)  # type: ignore[arg-type]
+    assert [(p.path, p.source) for p in wrong.value.problems] == [("inputs[1].n", ""), ("inputs[3].n", "")]
+    with pytest.raises(InputError) as wrong:
+        site.engine.execute_many(definition, [{}, 5, "n", {"n": 1}, None])  # type: ignore[list-item]
+    assert [p.path for p in wrong.value.problems] == ["inputs[0].n", "inputs[1]", "inputs[2]", "inputs[4].n"]
     for inputs in ({"n": 1}, "n", 5, None):
         with pytest.raises(InputError, match=r"inputs: is a (dict|str|int|NoneType), not a list of mappings"):
             site.engine.execute_many(definition, inputs)  # type: ignore[arg-type]
@@ -78,8 +78,12 @@ def test_executions_enqueued_together_are_all_there_or_none_and_every_problem_is
             site.engine.execute_many(definition, [{"n": 1}, {"n": 2}], idempotency_keys=keys)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"idempotency_keys\[1\]: is a int, not text"):
         site.engine.execute_many(definition, [{"n": 1}, {"n": 2}], idempotency_keys=["a", 0])  # type: ignore[list-item]
-    with pytest.raises(InputError, match=r"idempotency_keys\[1\]: is that of input 0 too, which is another"):
-        site.engine.execute_many(definition, [{"n": 1}, {"n": 2}], idempotency_keys=["a", "a"])
+    with pytest.raises(InputError, match=r"idempotency_keys\[1\]: 'a' repeats idempotency_keys\[0\], whose input differs"):
+        site.engine.execute_many(definition, [{"n": 1}, {"n": True}], idempotency_keys=["a", "a"])
+    with pytest.raises(InputError, match=r"idempotency_keys\[1\]: is empty"):
+        site.engine.execute_many(definition, [{"n": 1}, {"n": 2}], idempotency_keys=["a", ""])
+    with pytest.raises(InputError, match="connection: is a str, not a connection of psycopg 3"):
+        site.engine.execute_many(definition, [{"n": 1}], connection="postgresql://")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="user_id: is a list, not text"):
         site.engine.execute_workflow(definition, {"n": 1}, ["u"])  # type: ignore[arg-type]
     with pytest.raises(InputError, match="1 keys for 2 inputs"):
@@ -88,7 +92,7 @@ def test_executions_enqueued_together_are_all_there_or_none_and_every_problem_is
         site.engine.execute_many(definition, [{"n": 1}, {"n": 2}], idempotency_keys=["a", "\0"])
     assert site.engine.list_executions() == []
     assert site.engine.execute_many(definition, []) == []
-    assert len(site.engine.execute_many(definition, ({"n": n} for n in range(3)))) == 3
+    assert len(site.engine.execute_many(definition, ({"n": n} for n in range(3)), idempotency_keys=iter("xyz"))) == 3
     for row in site.engine.list_executions():
         site.engine.cancel(row.execution_id)
     first, second = site.engine.execute_many(definition, [{"n": 1}, {"n": 2}], idempotency_keys=["a", None])
