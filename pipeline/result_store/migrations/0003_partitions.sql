@@ -748,12 +748,12 @@ CREATE OR REPLACE FUNCTION pipeline.audit() RETURNS TABLE (violation text, execu
      WHERE t.status = 'retry' AND t.due_at IS NULL
     UNION ALL
     SELECT 'counter differs from its open tasks', e.execution_id, format('%s.%s', o.number, o.slot)
-      FROM pipeline.workflow_executions e, LATERAL (
-            SELECT number, slot FROM pipeline.open_places(e.execution_id, e.definition_id, '{success,skipped}') p
-              FULL JOIN (SELECT c.number, c.slot, c.remaining FROM pipeline.join_counters c
-                          WHERE c.execution_id = e.execution_id) c USING (number, slot)
-             WHERE p.remaining IS DISTINCT FROM c.remaining) o
+      FROM pipeline.workflow_executions e,
+           LATERAL pipeline.open_places(e.execution_id, e.definition_id, '{success,skipped}') o
      WHERE e.verdict IS NULL AND e.status IN ('pending', 'running', 'retry')
+       AND NOT EXISTS (SELECT 1 FROM pipeline.join_counters c
+                        WHERE c.execution_id = e.execution_id AND c.number = o.number AND c.slot = o.slot
+                          AND c.remaining = o.remaining)
     UNION ALL
     SELECT 'open task in an ended execution', t.execution_id, t.task_id FROM task t
      WHERE t.execution_status IN ('success', 'failed', 'cancelled') AND t.status IN ('pending', 'running', 'retry')

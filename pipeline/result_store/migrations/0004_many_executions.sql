@@ -505,3 +505,79 @@ BEGIN
           FROM pushed p JOIN pipeline.workflow_tasks w ON w.definition_id = p.definition_id AND w.task_id = p.task_id
          WHERE NOT p.paused ORDER BY p.execution_id, w.number;
 END $$;
+
+CREATE OR REPLACE FUNCTION pipeline.audit() RETURNS TABLE (violation text, execution_id text, subject text) LANGUAGE sql AS $$
+    WITH task AS (
+        SELECT t.*, w.dependencies, e.status AS execution_status, e.verdict, e.paused, e.careful,
+               EXISTS (SELECT 1 FROM pipeline.task_executions o
+                        WHERE o.execution_id = t.execution_id AND o.task_id = ANY (w.waits_for)
+                          AND o.status IN ('pending', 'running', 'retry'))
+               OR e.definition_id IN (SELECT d.definition_id FROM pipeline.workflow_definitions d
+                                       WHERE d.definition ->> 'enable_parallel' = 'false') AND EXISTS (
+                   SELECT 1 FROM pipeline.task_executions o
+                     JOIN pipeline.workflow_tasks v ON v.definition_id = e.definition_id AND v.task_id = o.task_id
+                    WHERE o.execution_id = t.execution_id AND v.number < w.number
+                      AND o.status IN ('pending', 'running', 'retry')) AS blocked
+          FROM pipeline.task_executions t
+          JOIN pipeline.workflow_executions e USING (execution_id)
+          JOIN pipeline.workflow_tasks w ON w.definition_id = e.definition_id AND w.task_id = t.task_id)
+    SELECT 'started before its dependencies succeeded', t.execution_id, t.task_id FROM task t
+     WHERE t.status IN ('running', 'retry', 'success', 'failed')
+       AND EXISTS (SELECT 1 FROM pipeline.task_executions d WHERE d.execution_id = t.execution_id
+                    AND d.task_id = ANY (t.dependencies) AND d.status <> 'success')
+    UNION ALL
+    SELECT 'may start although something it waits for is open', t.execution_id, t.task_id FROM task t
+     WHERE (t.due_at IS NOT NULL OR t.status = 'running') AND t.blocked
+    UNION ALL
+    SELECT 'never released', t.execution_id, t.task_id FROM task t
+     WHERE t.status = 'pending' AND t.due_at IS NULL AND t.verdict IS NULL AND NOT t.blocked
+    UNION ALL
+    SELECT 'due although it ended', t.execution_id, t.task_id FROM task t
+     WHERE t.finished_at IS NOT NULL AND t.due_at IS NOT NULL
+    UNION ALL
+    SELECT 'parked in an execution that is not paused', t.execution_id, t.task_id FROM task t
+     WHERE t.due_at = 'infinity' AND NOT t.paused
+    UNION ALL
+    SELECT 'skipped, and completions do not look for it', t.execution_id, t.task_id FROM task t
+     WHERE t.status = 'skipped' AND t.verdict IS NULL AND NOT t.careful
+    UNION ALL
+    SELECT 'result of a task that did not succeed', t.execution_id, t.task_id FROM task t
+     WHERE t.status <> 'success' AND t.result IS NOT NULL
+    UNION ALL
+    SELECT 'to start in an execution that is decided', t.execution_id, t.task_id FROM task t
+     WHERE t.verdict IS NOT NULL AND t.status IN ('pending', 'retry')
+    UNION ALL
+    SELECT 'waits for a retry that never comes', t.execution_id, t.task_id FROM task t
+     WHERE t.status = 'retry' AND t.due_at IS NULL
+    UNION ALL
+    SELECT 'counter differs from its open tasks', e.execution_id, format('%s.%s', o.number, o.slot)
+      FROM pipeline.workflow_executions e, LATERAL (
+            SELECT number, slot FROM pipeline.open_places(e.execution_id, e.definition_id, '{success,skipped}') p
+              FULL JOIN (SELECT c.number, c.slot, c.remaining FROM pipeline.join_counters c
+                          WHERE c.execution_id = e.execution_id) c USING (number, slot)
+             WHERE p.remaining IS DISTINCT FROM c.remaining) o
+     WHERE e.verdict IS NULL AND e.status IN ('pending', 'running', 'retry')
+    UNION ALL
+    SELECT 'open task in an ended execution', t.execution_id, t.task_id FROM task t
+     WHERE t.execution_status IN ('success', 'failed', 'cancelled') AND t.status IN ('pending', 'running', 'retry')
+    UNION ALL
+    SELECT 'ended although its verdict says otherwise', e.execution_id, e.status
+      FROM pipeline.workflow_executions e
+     WHERE e.status IN ('success', 'failed', 'cancelled') AND e.status <> coalesce(e.verdict, 'success')
+    UNION ALL
+    SELECT 'success with a task that failed', t.execution_id, t.task_id FROM task t
+     WHERE t.execution_status = 'success' AND t.status IN ('failed', 'cancelled')
+    UNION ALL
+    SELECT 'nothing runs and nothing will', e.execution_id, e.status
+      FROM pipeline.workflow_executions e
+     WHERE e.status IN ('pending', 'running', 'retry')
+       AND NOT EXISTS (SELECT 1 FROM pipeline.task_executions t WHERE t.execution_id = e.execution_id
+                        AND (t.status = 'running' OR (t.status IN ('pending', 'retry') AND t.due_at IS NOT NULL)))
+    UNION ALL
+    SELECT 'may start although its execution is gone', t.execution_id, t.task_id FROM pipeline.task_executions t
+     WHERE (t.status IN ('pending', 'retry') AND t.due_at IS NOT NULL OR t.status = 'running')
+       AND NOT EXISTS (SELECT 1 FROM pipeline.workflow_executions e WHERE e.execution_id = t.execution_id)
+    UNION ALL
+    SELECT 'running on a worker that never was', t.execution_id, t.task_id FROM task t
+     WHERE t.status = 'running' AND NOT EXISTS (SELECT 1 FROM pipeline.workers k WHERE k.worker_id = t.worker_id)
+$$;
