@@ -54,7 +54,7 @@ CREATE TRIGGER watch BEFORE UPDATE ON pipeline.join_counters FOR EACH ROW EXECUT
 _UNWATCH = "DROP TRIGGER watch ON pipeline.join_counters; DROP FUNCTION bench_watch()"
 _COMPLETE = """
 SELECT c.outcome, extract(epoch FROM clock_timestamp() - current_setting('bench.locked')::timestamptz)::float8
-  FROM pipeline.complete_task(%(execution)s, %(task)s, 1, %(worker)s, NULL, '10 s', 300, %(execution)s, %(next)s, 0, 'debug.noop', '10 s', false, false) c
+  FROM pipeline.complete_task(%(execution)s, %(task)s, 1, %(worker)s, NULL, '10 s', 300, %(execution)s, %(next)s, 0, 'debug.noop', '10 s', false, false, '{}') c
 """
 
 

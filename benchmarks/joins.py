@@ -43,7 +43,7 @@ BEGIN
         next_ := CASE WHEN number_ < {last} THEN 't' || number_ + 1 END;
         SELECT c.outcome INTO done FROM pipeline.complete_task(
             '{execution}', 't' || number_, 1, {worker}, NULL, '10 s', 300, '{execution}', next_, 0, 'debug.noop', '10 s',
-            false, false) c;
+            false, false, '{}') c;
         IF done <> 'done' THEN
             RAISE EXCEPTION 'a completion was answered with %', done;
         END IF;

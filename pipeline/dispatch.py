@@ -84,13 +84,16 @@ class Dispatcher:
         store = store or self.store
         if definition_id is None:
             definition_id = self.register(definition, store=store)
+        new = partial(
+            NewExecution, input_data=input_data, input_digest=_digest(input_data)[0], idempotency_key=idempotency_key
+        )
         create = partial(
-            store.create_execution, definition_id=definition_id, user_id=user_id, idempotency_key=idempotency_key,
-            input_data=input_data, input_digest=_digest(input_data)[0],
-            variables=definition.variables, timeout=definition.timeout, queue_timeout=definition.queue_timeout,
+            store.create_executions, definition_id=definition_id, user_id=user_id, variables=definition.variables,
+            timeout=definition.timeout, queue_timeout=definition.queue_timeout,
         )  # fmt: skip
-        while (created := create(execution_id=_fresh_id())) is None:  # another execution of this day has it
+        while not (made := create([new(execution_id=_fresh_id())])):  # another execution of this day has the id
             continue
+        (created,) = made
         if not created.same_work:
             raise IdempotencyConflict(idempotency_key or "", created.execution_id)
         return created

@@ -49,7 +49,7 @@ from pipeline.events import Reporter
 from pipeline.handler import AttemptLost, Context, Handler
 from pipeline.payload import bound_name, recordable, text_of
 from pipeline.redaction import Redactor
-from pipeline.result_store.rows import NOTHING, Claim, Ended, Fence, State
+from pipeline.result_store.rows import Claim, Ended, Fence, State
 from pipeline.result_store.store import ResultStore
 from pipeline.templates import render, task_names
 from pipeline.turn import Turns
@@ -265,7 +265,8 @@ class Executor:
         if turn is None:
             self._after(attempt.fence, self.store.complete(attempt.fence, result))
             return result
-        ended = self.store.complete(attempt.fence, result, NOTHING if self.attendant.leaving else turn.follow(self._states))
+        turn.over = turn.over or self.attendant.leaving
+        ended = self.store.complete(attempt.fence, result, turn.follow(self._states))
         self._after(attempt.fence, replace(ended, ready=turn.go_on(ended)))
         self.turns.watch(turn)
         return result

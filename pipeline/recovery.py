@@ -29,6 +29,7 @@ class Recovered:
     published: int = 0
     lost: int = 0
     expired: int = 0
+    closed: int = 0
 
 
 class Recovery:
@@ -58,7 +59,9 @@ class Recovery:
         """
         work = self.store.recovery_work()
         self._contact()
-        lost = expired = published = 0
+        lost = expired = published = closed = 0
+        if work.closing:
+            closed = self.store.close_overdue(_LIMIT)
         if work.expired:
             expired = self.store.expire_executions(_LIMIT)
         if work.lost:
@@ -67,7 +70,7 @@ class Recovery:
             lost += self._end(self.store.overdue_attempts(_LIMIT), "it ran on past its hard limit")
         if work.due or lost:
             published = self._publish()
-        return Recovered(published=published, lost=lost, expired=expired)
+        return Recovered(published=published, lost=lost, expired=expired, closed=closed)
 
     def run(self, stop: threading.Event, every: float) -> None:
         """Look every `every` seconds until `stop` is set; an outage is logged once and waited out."""

@@ -11,9 +11,9 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from celery.exceptions import Ignore
@@ -50,12 +50,14 @@ class Turn:
         message: names them; the first runs at once.
         room: longest timeout in seconds that the message's time limit covers.
         scatter: gives tasks of an execution messages of their own; called from any thread.
+        close: ends executions of which every task has succeeded; called from any thread.
     """
 
     def __init__(
-        self, *, handler: str, message: Message, room: float, scatter: Callable[[str, dict[str, int]], None]
+        self, *, handler: str, message: Message, room: float, scatter: Callable[[str, dict[str, int]], None],
+        close: Callable[[Sequence[str]], None],
     ) -> None:  # fmt: skip
-        self._room, self._scatter = room, scatter
+        self._room, self._scatter, self._close = room, scatter, close
         named = ((message.execution_id, message.task_id, message.epoch), *message.others)
         self._waiting = deque(
             Step(execution_id=execution, task_id=task, epoch=epoch, handler=handler) for execution, task, epoch in named
@@ -67,6 +69,9 @@ class Turn:
         self._claim: Claim | None = None
         #: what was released by a success that may not be on disk yet
         self._unsure: set[Step] = set()
+        #: executions that came to their end and share the wait for the disk, and when the first of them did
+        self._closing: tuple[str, ...] = ()
+        self._ended = 0.0
         #: set where nothing more is to run in it
         self.over = False
 
@@ -82,15 +87,17 @@ class Turn:
 
     def follow(self, known: Container[str] = ()) -> Follow:
         """What may be claimed together with the end of the present task; `known`: executions whose state is at hand."""
-        if self.over or time.monotonic() > self._ends:
-            return NOTHING
+        closing, now = self._closing, time.monotonic()
+        if self.over or now > self._ends:
+            return replace(NOTHING, closing=closing)
+        long_ago = bool(closing) and now > self._ended + _PATIENCE
         try:
             step = self._waiting[0]
         except IndexError:
-            return Follow(room=self._room)
+            return Follow(room=self._room, closing=closing, durable=long_ago)
         return Follow(
             room=self._room, execution_id=step.execution_id, task_id=step.task_id, epoch=step.epoch, handler=step.handler,
-            durable=step in self._unsure, with_state=step.execution_id not in known,
+            durable=long_ago or step in self._unsure, with_state=step.execution_id not in known, closing=closing,
         )  # fmt: skip
 
     def go_on(self, ended: Ended) -> tuple[ReadyTask, ...]:
@@ -98,6 +105,9 @@ class Turn:
         self._claim, self._began = ended.next, time.monotonic()
         if ended.durable:
             self._unsure.clear()
+        if ended.closing is not None:
+            self._ended = self._ended if self._closing else self._began
+            self._closing = tuple(ended.closing)
         claim = self._claim
         if claim is None:
             return ended.ready
@@ -128,18 +138,22 @@ class Turn:
                 return None
             self.step = self._waiting.popleft()
         except IndexError:
+            self.give_away()
             return None
         return self.step
 
     def look(self) -> float | None:
         """Give away what has waited for too long; returns the moment of the next look, None where nothing waits."""
         moment = self._began + _PATIENCE
-        if self._waiting and time.monotonic() >= moment:
+        if (self._waiting or self._closing) and time.monotonic() >= moment:
             self.give_away()
-        return moment if self._waiting else None
+        return moment if self._waiting or self._closing else None
 
     def give_away(self) -> None:
-        """Give what waits messages of its own."""
+        """Give what waits messages of its own, and end what has come to its end."""
+        closing, self._closing = self._closing, ()
+        if closing:
+            self._close(closing)
         given: dict[str, dict[str, int]] = {}
         while True:
             try:
@@ -220,7 +234,7 @@ class Turns:
             return None
         hard_limit, _ = request.get("timelimit") or (None, None)
         turn = Turn(
-            handler=handler, message=message, scatter=self._scatter,
+            handler=handler, message=message, scatter=self._scatter, close=self._close,
             room=max(0.0, (hard_limit or 0.0) - 2 * self._dispatcher.hard_limit),
         )  # fmt: skip
         self.watch(turn)
@@ -235,6 +249,12 @@ class Turns:
         self._reporter.started(uuid, step.handler, own)
         answer = self._dispatcher.celery.tasks[step.handler].tracer(uuid, args, {}, own)
         self._reporter.ended(uuid, answer, alone=False)
+
+    def _close(self, executions: Sequence[str]) -> None:
+        try:
+            self._attendant.store.close_executions(executions)
+        except DatabaseUnavailable as exc:  # recovery ends them
+            log.warning("%s", exc)
 
     def _scatter(self, execution_id: str, tasks: dict[str, int]) -> None:
         try:

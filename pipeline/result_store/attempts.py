@@ -47,10 +47,14 @@ class Attempts(Door):
         (ended,) = self._all(
             "complete_task", rows.Ended, **fence_of(fence), result=jsonb(result), grace=self.grace, room=follow.room,
             next_execution=follow.execution_id, next_task=follow.task_id, next_epoch=follow.epoch, handler=follow.handler,
-            hard_limit=self.hard_limit * 3, durable=follow.durable,
-            with_state=follow.with_state,
+            hard_limit=self.hard_limit * 3, durable=follow.durable, with_state=follow.with_state,
+            closing=list(follow.closing),
         )  # fmt: skip
         return self.end(fence, "success", result=result) if ended.outcome == "again" else ended
+
+    def close_executions(self, execution_ids: Iterable[str]) -> None:
+        """End executions of which every task has succeeded; others are left as they are."""
+        self._all("close_executions", Count, execution_ids=list(execution_ids))
 
     def scatter(self, execution_id: str, tasks: Mapping[str, int]) -> tuple[rows.ReadyTask, ...]:
         """Give each of these tasks (id to epoch) a message of its own; what is claimed or over by now is left out."""

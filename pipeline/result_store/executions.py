@@ -19,27 +19,14 @@ from pipeline.states import ExecutionStatus, TaskStatus
 class Executions(Door):
     """Executions and what is known of them."""
 
-    def create_execution(
-        self, *, execution_id: str, definition_id: int, user_id: str | None, idempotency_key: str | None,
-        input_data: Mapping[str, Any], input_digest: str, variables: Mapping[str, Any], timeout: float | None,
-        queue_timeout: float | None = None,
-    ) -> rows.Created | None:  # fmt: skip
-        """Record an execution and all its tasks, or find the one that its idempotency key belongs to.
-
-        None: the id is another execution's, and nothing was recorded.
-        """
-        return self._one(
-            "create_execution", rows.Created, execution_id=execution_id, definition_id=definition_id, user_id=user_id,
-            idempotency_key=idempotency_key, input_data=jsonb(input_data), input_digest=input_digest,
-            variables=jsonb(variables), timeout=_seconds(timeout), queue_timeout=_seconds(queue_timeout),
-            grace=self.grace,
-        )  # fmt: skip
-
     def create_executions(
         self, work: Sequence[rows.NewExecution], *, definition_id: int, user_id: str | None, variables: Mapping[str, Any],
         timeout: float | None, queue_timeout: float | None = None,
     ) -> list[rows.Created]:  # fmt: skip
-        """Record several executions of a definition, as `create_execution` does one; what would give None is left out."""
+        """Record executions of a definition with all their tasks, or find those that their idempotency keys belong to.
+
+        Left out, and not recorded: those whose id is another execution's.
+        """
         return self._all(
             "create_executions", rows.Created, work=jsonb([vars(new) for new in work]), definition_id=definition_id,
             user_id=user_id, variables=jsonb(variables), timeout=_seconds(timeout), queue_timeout=_seconds(queue_timeout),

@@ -94,6 +94,10 @@ class Fleet(Door):
         expired = (self._one("expire_execution", _Flag, execution_id=row.execution_id) for row in overdue)
         return sum(1 for row in expired if row is not None and row.expired)
 
+    def close_overdue(self, limit: int) -> int:
+        """End executions that were left to be closed by a worker that has not done so; returns how many."""
+        return self._all("close_overdue", Count, limit=limit)[0].count
+
     def count_published(self) -> int:
         """How many messages the broker should hold."""
         return self._all("count_published", Count)[0].count

@@ -40,14 +40,8 @@ SELECT d.definition_id, d.definition::text AS definition
   FROM pipeline.workflow_executions e JOIN pipeline.workflow_definitions d USING (definition_id)
  WHERE e.execution_id = %(execution_id)s
 
--- create_execution --
--- Record an execution, its state, all its tasks and counters.
-SELECT c.created, c.execution_id, c.same_work, to_json(c.ready) AS ready FROM pipeline.create_execution(
-    %(execution_id)s, %(definition_id)s, %(user_id)s, %(idempotency_key)s, %(input_data)s, %(input_digest)s,
-    %(variables)s, %(timeout)s, %(queue_timeout)s, %(grace)s, NULL) c
-
 -- create_executions --
--- Record several executions of one definition; no row for one whose id belongs to another.
+-- Record executions of one definition, their states, all their tasks and counters; no row for one whose id is another's.
 SELECT c.number, c.created, c.execution_id, c.same_work, to_json(c.ready) AS ready FROM pipeline.create_executions(
     %(definition_id)s, %(user_id)s, %(work)s, %(variables)s, %(timeout)s, %(queue_timeout)s, %(grace)s) c
 
@@ -71,11 +65,20 @@ SELECT task_id, result FROM pipeline.task_executions
 -- complete_task --
 -- Record a success along the straight path, and claim what this worker goes on with; with the state of its execution where asked.
 SELECT c.outcome, to_json(c.ready) AS ready, CASE WHEN (c.next).task_id IS NOT NULL THEN to_json(c.next) END AS next, c.state,
-       c.kept, c.durable
+       c.kept, c.durable, c.closing
   FROM pipeline.complete_task(
     %(execution_id)s, %(task_id)s, %(epoch)s, %(worker_id)s, %(result)s, %(grace)s,
     %(room)s, %(next_execution)s, %(next_task)s, %(next_epoch)s, %(handler)s, %(hard_limit)s, %(durable)s,
-    %(with_state)s) c
+    %(with_state)s, %(closing)s) c
+
+-- close_executions --
+-- End executions of which every task has succeeded.
+SELECT pipeline.close_executions(%(execution_ids)s) AS count
+
+-- close_overdue --
+-- End those that whoever ran their last tasks should have ended by now.
+SELECT pipeline.close_executions(
+    ARRAY(SELECT execution_id FROM pipeline.closings WHERE due_at <= pipeline.clock() LIMIT %(limit)s)) AS count
 
 -- scatter --
 -- A message of its own for each of these tasks.
@@ -154,7 +157,8 @@ SELECT EXISTS (SELECT 1 FROM pipeline.task_executions
                      AND EXISTS (SELECT 1 FROM pipeline.task_executions t
                                   WHERE t.execution_id = e.execution_id AND t.status = 'pending'
                                     AND t.due_at IS NOT NULL AND t.ready_at <= pipeline.clock() - e.queue_timeout))
-       AS expired
+       AS expired,
+       EXISTS (SELECT 1 FROM pipeline.closings WHERE due_at <= pipeline.clock()) AS closing
 
 -- lost_attempts --
 -- Running tasks whose worker's lease ran out.

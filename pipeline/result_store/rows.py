@@ -148,6 +148,8 @@ class Follow:
     durable: bool = False
     #: whether the state of its execution is wanted too, where that is another
     with_state: bool = False
+    #: executions that the worker has brought to their end and that are not closed yet
+    closing: tuple[str, ...] = ()
 
 
 NOTHING = Follow(room=0.0)
@@ -170,6 +172,8 @@ class Ended:
     kept: bool = False
     #: whether all that was recorded up to now is on disk
     durable: bool = True
+    #: executions that are still to be closed; None: as before
+    closing: list[str] | None = None
 
     def __post_init__(self) -> None:
         _read_ready(self)
@@ -185,6 +189,7 @@ class Work:
     lost: bool
     overdue: bool
     expired: bool
+    closing: bool
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -120,6 +120,13 @@ CREATE INDEX workflow_executions_queue ON pipeline.workflow_executions (executio
 CREATE INDEX workflow_executions_finished_at ON pipeline.workflow_executions (finished_at)
     WHERE finished_at IS NOT NULL;
 
+-- Executions of which every task succeeded, and that have not ended yet: whoever ran the last task closes several at once, so
+-- that they share one wait for the disk. When the time passes, recovery does.
+CREATE TABLE pipeline.closings (
+    execution_id  text COLLATE "C" PRIMARY KEY,
+    due_at        timestamptz NOT NULL
+) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500, autovacuum_vacuum_cost_delay = 0);
+
 CREATE TABLE pipeline.workflow_states (
     execution_id  text COLLATE "C" PRIMARY KEY,
     variables     jsonb NOT NULL,
@@ -299,97 +306,85 @@ BEGIN
                     WINDOW alike AS (PARTITION BY w.handler, w.timeout ORDER BY w.number)) d) m ORDER BY m.number;
 END $$;
 
--- Record an execution of a stored definition with all its tasks and counters, and return those that are ready. One
--- transaction with whatever the caller's connection has open. `created` is false where the idempotency key was used before;
--- no row where the id belongs to another execution. With p_leader, its only first task shares that task's message.
-CREATE FUNCTION pipeline.create_execution(
-    p_execution text, p_definition bigint, p_user text, p_key text, p_input jsonb, p_input_digest text,
-    p_variables jsonb, p_deadline interval, p_queue_timeout interval, p_grace interval, p_leader pipeline.ready_task
-) RETURNS TABLE (created boolean, execution_id text, same_work boolean, ready pipeline.ready_task[]) LANGUAGE plpgsql AS $$
-DECLARE
-    now_ timestamptz := pipeline.clock();  -- asked for each task, it would take as long as a sixth of the whole
-    workflow text;
-    entry text[];
-BEGIN
-    SELECT d.workflow_id INTO STRICT workflow FROM pipeline.workflow_definitions d WHERE d.definition_id = p_definition;
-    INSERT INTO pipeline.workflow_executions AS e
-        (execution_id, definition_id, workflow_id, created_by, idempotency_key, input_digest, deadline_at,
-         queue_timeout)
-        VALUES (p_execution, p_definition, workflow, p_user, p_key, p_input_digest, pipeline.clock() + p_deadline,
-                p_queue_timeout)
-        ON CONFLICT DO NOTHING;
-    IF NOT FOUND THEN
-        RETURN QUERY SELECT false, e.execution_id, e.definition_id = p_definition AND e.input_digest = p_input_digest,
-                            NULL::pipeline.ready_task[]
-            FROM pipeline.workflow_executions e WHERE e.workflow_id = workflow AND e.idempotency_key = p_key;
-        RETURN;
-    END IF;
-    INSERT INTO pipeline.workflow_states VALUES (p_execution, p_variables, p_input) ON CONFLICT DO NOTHING;
-    IF NOT FOUND THEN  -- of an execution that is forgotten, whose partition is still there
-        DELETE FROM pipeline.workflow_executions e WHERE e.execution_id = p_execution;
-        RETURN;
-    END IF;
-    entry := ARRAY(SELECT t.task_id FROM pipeline.workflow_tasks t
-                    WHERE t.definition_id = p_definition AND t.waits_for = '{}');
-    WITH first AS MATERIALIZED (SELECT * FROM pipeline.share(p_definition, entry, p_grace > '0')),
-    made AS (
-        INSERT INTO pipeline.task_executions (execution_id, task_id, handler, ready_at, due_at, hints, led_by, led_in)
-        SELECT p_execution, f.task_id, f.handler, now_, now_ + p_grace, (p_grace > '0')::int,
-               coalesce(p_leader.task_id, f.led_by), p_leader.execution_id FROM first f)
-    SELECT array_agg((p_execution, f.task_id, 0, f.handler, f.timeout, coalesce(p_leader.task_id, f.led_by),
-                      p_leader.execution_id)::pipeline.ready_task ORDER BY f.number)
-      INTO ready FROM first f;
-    INSERT INTO pipeline.task_executions (execution_id, task_id, handler)
-        SELECT p_execution, t.task_id, t.handler
-          FROM pipeline.workflow_tasks t WHERE t.definition_id = p_definition AND t.waits_for <> '{}';
-    INSERT INTO pipeline.join_counters (execution_id, number, slot, remaining)
-        SELECT p_execution, h.number, s.slot, s.remaining
-          FROM pipeline.workflow_headers h, LATERAL (
-            SELECT 0 AS slot, CASE h.slots WHEN '{}' THEN cardinality(h.tasks) ELSE cardinality(h.slots) END AS remaining
-            UNION ALL
-            SELECT n.slot, n.tasks FROM unnest(h.slots) WITH ORDINALITY n (tasks, slot)) s
-         WHERE h.definition_id = p_definition;
-    RETURN QUERY SELECT true, p_execution, true, ready;
-END $$;
-
--- Record several executions of a definition; `number` is the place in p_work, a list of execution_id, idempotency_key,
--- input_data and input_digest. Where each begins with one task, several of these share a message, by the rules of `share`.
+-- Record executions of a stored definition with all their tasks and counters, and return those that are ready; `number` is
+-- the place in p_work, a list of execution_id, idempotency_key, input_data and input_digest. One transaction with whatever the
+-- caller's connection has open. `created` is false where the idempotency key was used before; no row where the id belongs to
+-- another execution. Where each begins with one task, several of these share a message, by the rules of `share`.
 CREATE FUNCTION pipeline.create_executions(
     p_definition bigint, p_user text, p_work jsonb, p_variables jsonb, p_deadline interval, p_queue_timeout interval,
     p_grace interval
 ) RETURNS TABLE (number int, created boolean, execution_id text, same_work boolean, ready pipeline.ready_task[])
-LANGUAGE plpgsql AS $$
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan AS $$
 DECLARE
-    known record;
+    now_ timestamptz := pipeline.clock();  -- asked for each task, it would take as long as a sixth of the whole
+    workflow text;
+    entry text[];
+    each_ int;
     given record;
-    made record;
-    leader pipeline.ready_task;
-    each_ int := 1;
-    led int := 0;
+    made text[] := '{}';
+    numbers int[] := '{}';
+    leaders text[] := '{}';
 BEGIN
-    SELECT f.* INTO known FROM pipeline.fleet() f WHERE p_grace > '0';
+    SELECT d.workflow_id INTO STRICT workflow FROM pipeline.workflow_definitions d WHERE d.definition_id = p_definition;
+    entry := ARRAY(SELECT t.task_id FROM pipeline.workflow_tasks t
+                    WHERE t.definition_id = p_definition AND t.waits_for = '{}');
+    IF jsonb_array_length(p_work) > 1 AND cardinality(entry) = 1 AND p_grace > '0' THEN
+        SELECT least(greatest(ceil(jsonb_array_length(p_work)::float8 / greatest(f.processes, 1))::int,
+                              CASE WHEN t.handler = ANY (f.quick) THEN 4 END),
+                     1 + floor((330 - 3.5 * octet_length(t.task_id) - octet_length(t.handler)) * 0.74
+                               / (octet_length(p_work -> 0 ->> 'execution_id') + octet_length(t.task_id) + 12))::int) INTO each_
+          FROM pipeline.fleet() f
+          JOIN pipeline.workflow_tasks t ON t.definition_id = p_definition AND t.task_id = entry[1] AND t.handler <> ALL (f.slow);
+    END IF;
     FOR given IN SELECT w.* FROM ROWS FROM (jsonb_to_recordset(p_work) AS (
             execution_id text, idempotency_key text, input_data jsonb, input_digest text)) WITH ORDINALITY w LOOP
-        SELECT c.* INTO made FROM pipeline.create_execution(
-            given.execution_id, p_definition, p_user, given.idempotency_key, given.input_data, given.input_digest,
-            p_variables, p_deadline, p_queue_timeout, p_grace, CASE WHEN led < each_ - 1 THEN leader END) c;
-        CONTINUE WHEN NOT FOUND;
-        number := given.ordinality; created := made.created; execution_id := made.execution_id;
-        same_work := made.same_work; ready := made.ready;
-        RETURN NEXT;
-        CONTINUE WHEN known.processes IS NULL OR cardinality(made.ready) IS DISTINCT FROM 1;
-        IF made.ready[1].led_in IS NOT NULL THEN
-            led := led + 1;
-        ELSIF made.ready[1].handler <> ALL (known.slow) THEN
-            leader := made.ready[1];
-            led := 0;
-            each_ := least(
-                greatest(ceil(jsonb_array_length(p_work)::float8 / greatest(known.processes, 1))::int,
-                         CASE WHEN leader.handler = ANY (known.quick) THEN 4 END),
-                1 + floor((330 - 3.5 * octet_length(leader.task_id) - octet_length(leader.handler)) * 0.74
-                          / (octet_length(leader.execution_id) + octet_length(leader.task_id) + 12))::int);
+        INSERT INTO pipeline.workflow_executions AS e
+            (execution_id, definition_id, workflow_id, created_by, idempotency_key, input_digest, created_at, deadline_at,
+             queue_timeout)
+            VALUES (given.execution_id, p_definition, workflow, p_user, given.idempotency_key, given.input_digest, now_,
+                    now_ + p_deadline, p_queue_timeout)
+            ON CONFLICT DO NOTHING;
+        IF NOT FOUND THEN
+            RETURN QUERY SELECT given.ordinality::int, false, e.execution_id,
+                                e.definition_id = p_definition AND e.input_digest = given.input_digest, NULL::pipeline.ready_task[]
+                FROM pipeline.workflow_executions e WHERE e.workflow_id = workflow AND e.idempotency_key = given.idempotency_key;
+            CONTINUE;
         END IF;
+        INSERT INTO pipeline.workflow_states VALUES (given.execution_id, p_variables, given.input_data) ON CONFLICT DO NOTHING;
+        IF NOT FOUND THEN  -- of an execution that is forgotten, whose partition is still there
+            DELETE FROM pipeline.workflow_executions e WHERE e.execution_id = given.execution_id;
+            CONTINUE;
+        END IF;
+        leaders := leaders || CASE WHEN cardinality(made) % coalesce(each_, 1) = 0 THEN given.execution_id
+                                   ELSE leaders[cardinality(made)] END;
+        made := made || given.execution_id;
+        numbers := numbers || given.ordinality::int;
     END LOOP;
+    RETURN QUERY
+        WITH first AS MATERIALIZED (SELECT * FROM pipeline.share(p_definition, entry, p_grace > '0')),
+        ready_ AS MATERIALIZED (
+            SELECT m.number, f.number AS place, m.execution_id, f.task_id, f.handler, f.timeout,
+                   CASE m.leader WHEN m.execution_id THEN f.led_by ELSE f.task_id END AS led_by,
+                   nullif(m.leader, m.execution_id) AS led_in
+              FROM unnest(made, numbers, leaders) m (execution_id, number, leader), first f),
+        started AS (
+            INSERT INTO pipeline.task_executions (execution_id, task_id, handler, ready_at, due_at, hints, led_by, led_in)
+            SELECT r.execution_id, r.task_id, r.handler, now_, now_ + p_grace, (p_grace > '0')::int, r.led_by, r.led_in
+              FROM ready_ r)
+        SELECT r.number, true, r.execution_id, true,
+               array_agg((r.execution_id, r.task_id, 0, r.handler, r.timeout, r.led_by, r.led_in)::pipeline.ready_task
+                         ORDER BY r.place)
+          FROM ready_ r GROUP BY r.number, r.execution_id;
+    INSERT INTO pipeline.task_executions (execution_id, task_id, handler)
+        SELECT m.execution_id, t.task_id, t.handler FROM unnest(made) m (execution_id), pipeline.workflow_tasks t
+         WHERE t.definition_id = p_definition AND t.waits_for <> '{}';
+    INSERT INTO pipeline.join_counters (execution_id, number, slot, remaining)
+        SELECT m.execution_id, h.number, s.slot, s.remaining
+          FROM unnest(made) m (execution_id), pipeline.workflow_headers h, LATERAL (
+            SELECT 0 AS slot, CASE h.slots WHEN '{}' THEN cardinality(h.tasks) ELSE cardinality(h.slots) END AS remaining
+            UNION ALL
+            SELECT n.slot, n.tasks FROM unnest(h.slots) WITH ORDINALITY n (tasks, slot)) s
+         WHERE h.definition_id = p_definition;
 END $$;
 
 -- Where the tasks of a plan are counted.
@@ -520,12 +515,13 @@ END $$;
 -- that was released or, where none was, p_next of p_next_execution with the epoch and handler of the message that named it.
 -- A task of another execution goes before what was released, which the worker then keeps for later where one message would
 -- do for it. Nothing of that is seen outside, so the commit is asynchronous: `durable` is false, and the worker starts what
--- it keeps only after a call that was durable, as one with p_durable is. So many executions share one wait for the disk.
+-- it keeps only after a call that was durable, as one with p_durable is. So many executions share one wait for the disk. Nor
+-- does an execution end in a call that is not: `closing` are those that the worker brings as p_closing with its next call.
 CREATE FUNCTION pipeline.complete_task(
     p_execution text, p_task text, p_epoch int, p_worker bigint, p_result jsonb, p_grace interval,
     p_room double precision, p_next_execution text, p_next text, p_next_epoch int, p_handler text, p_hard_limit interval,
-    p_durable boolean, p_with_state boolean, OUT outcome text, OUT ready pipeline.ready_task[],
-    OUT next pipeline.claimed_task, OUT state jsonb, OUT kept boolean, OUT durable boolean
+    p_durable boolean, p_with_state boolean, p_closing text[], OUT outcome text, OUT ready pipeline.ready_task[],
+    OUT next pipeline.claimed_task, OUT state jsonb, OUT kept boolean, OUT durable boolean, OUT closing text[]
 ) LANGUAGE plpgsql AS $$
 DECLARE
     x record;
@@ -549,6 +545,10 @@ BEGIN
     IF NOT FOUND THEN
         SELECT r.outcome, r.ready INTO outcome, ready FROM pipeline.repeat_of(
             p_execution, x.definition_id, p_task, p_epoch, p_worker, 'success') r;
+        IF outcome = 'done' THEN
+            PERFORM pipeline.close_executions(p_closing || p_execution);
+            closing := '{}';
+        END IF;
         IF outcome = 'done' AND p_room > 0 THEN
             SELECT t.execution_id, t.task_id, t.handler, t.epoch, t.attempt, t.retries, coalesce(t.params::json, w.params),
                    NULL, w.timeout, w.dependencies, w.retry_policy INTO next
@@ -582,9 +582,6 @@ BEGIN
                                       WHERE h.definition_id = x.definition_id AND h.number = plan.headers[n]);
         END IF;
     END LOOP;
-    IF ended THEN
-        PERFORM pipeline.close_execution(p_execution, 'success');
-    END IF;
     IF p_next_execution <> p_execution AND p_room > 0 THEN
         next := pipeline.go_on(p_next_execution, p_next, p_next_epoch, p_worker, p_handler, p_room, p_hard_limit);
         state := CASE WHEN p_with_state THEN pipeline.state_of(next.execution_id) END;
@@ -607,9 +604,21 @@ BEGIN
             AND EXISTS (SELECT 1 FROM pipeline.workers k
                          WHERE k.worker_id = p_worker AND ready[1].handler = ANY (k.handlers));
     END IF;
-    durable := p_durable OR ended OR released <> '{}' AND NOT kept;
-    IF NOT durable THEN
-        PERFORM set_config('synchronous_commit', 'off', true);
+    durable := p_durable OR released <> '{}' AND NOT kept OR next.task_id IS NULL AND (ended OR p_closing <> '{}');
+    IF durable THEN
+        closing := '{}';
+        IF ended THEN
+            PERFORM pipeline.close_execution(p_execution, 'success');
+        END IF;
+        IF p_closing <> '{}' THEN
+            PERFORM pipeline.close_executions(p_closing);
+        END IF;
+        RETURN;
+    END IF;
+    PERFORM set_config('synchronous_commit', 'off', true);
+    IF ended THEN
+        closing := p_closing || p_execution;
+        INSERT INTO pipeline.closings VALUES (p_execution, pipeline.clock() + p_grace / 4) ON CONFLICT DO NOTHING;
     END IF;
 END $$;
 
@@ -708,6 +717,27 @@ BEGIN
     IF awaited_ THEN
         PERFORM pg_notify('pipeline_finished', p_execution);
     END IF;
+END $$;
+
+-- End those of which every task has succeeded; returns how many it was. What somebody else changes or closes at this moment is
+-- left to recovery.
+CREATE FUNCTION pipeline.close_executions(p_executions text[]) RETURNS int LANGUAGE plpgsql AS $$
+DECLARE
+    over text;
+    closed int := 0;
+BEGIN
+    FOR over IN SELECT c.execution_id FROM pipeline.closings c WHERE c.execution_id = ANY (p_executions)
+                 ORDER BY c.execution_id FOR UPDATE SKIP LOCKED LOOP
+        CONTINUE WHEN NOT pg_try_advisory_xact_lock_shared(pipeline.lock_key(over));
+        IF EXISTS (SELECT 1 FROM pipeline.workflow_executions e
+                     JOIN pipeline.join_counters c ON c.execution_id = over AND c.number = 0 AND c.slot = 0
+                    WHERE e.execution_id = over AND e.verdict IS NULL AND c.remaining = 0) THEN
+            PERFORM pipeline.close_execution(over, 'success');
+        END IF;
+        DELETE FROM pipeline.closings c WHERE c.execution_id = over;
+        closed := closed + 1;
+    END LOOP;
+    RETURN closed;
 END $$;
 
 -- Decide how an execution ends: what has not started never will, and once nothing runs it is closed.
@@ -927,6 +957,7 @@ DECLARE
     x record;
 BEGIN
     PERFORM pg_advisory_xact_lock(pipeline.lock_key(p_execution));
+    PERFORM pipeline.close_executions(ARRAY[p_execution]);  -- too late, then
     SELECT e.status, e.verdict INTO x FROM pipeline.workflow_executions e WHERE e.execution_id = p_execution;
     IF x.status NOT IN ('pending', 'running', 'retry') OR x.verdict = 'cancelled' THEN
         RETURN x.status;
@@ -1102,6 +1133,7 @@ DECLARE
     reason text;
 BEGIN
     PERFORM pg_advisory_xact_lock(pipeline.lock_key(p_execution));
+    PERFORM pipeline.close_executions(ARRAY[p_execution]);
     SELECT CASE WHEN e.deadline_at <= pipeline.clock() THEN 'the execution ran longer than the timeout of its workflow'
                 ELSE format('task %s waited longer for a worker than the queue_timeout of its workflow', waiting.task_id)
            END INTO reason
@@ -1293,6 +1325,7 @@ CREATE FUNCTION pipeline.audit() RETURNS TABLE (violation text, execution_id tex
      WHERE e.status IN ('pending', 'running', 'retry')
        AND NOT EXISTS (SELECT 1 FROM pipeline.task_executions t WHERE t.execution_id = e.execution_id
                         AND (t.status = 'running' OR (t.status IN ('pending', 'retry') AND t.due_at IS NOT NULL)))
+       AND NOT EXISTS (SELECT 1 FROM pipeline.closings c WHERE c.execution_id = e.execution_id)
     UNION ALL
     SELECT 'may start although its execution is gone', t.execution_id, t.task_id FROM pipeline.task_executions t
      WHERE (t.status IN ('pending', 'retry') AND t.due_at IS NOT NULL OR t.status = 'running')

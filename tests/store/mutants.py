@@ -75,6 +75,12 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "decide: leaves what waits": ("decide", "t.status IN ('pending', 'retry')", "t.status = 'pending'"),
     "release: a skipped dependency does not matter": ("release", "AND d.status = 'skipped'", "AND d.status = 'failed'"),
     "release: forgets a body": ("release", "unnest(h.bodies) b", "unnest(h.bodies[2:]) b"),
+    "close: leaves what several end together": ("close_executions", "IF EXISTS (SELECT 1", "IF false AND EXISTS (SELECT 1"),
+    "close: forgets an execution that is left open": ("complete_task", "closing := p_closing || p_execution;", "closing := p_closing;"),
+    "close: nobody looks after what is left open": (
+        "complete_task", "INSERT INTO pipeline.closings VALUES (p_execution, pipeline.clock() + p_grace / 4) ON CONFLICT DO NOTHING;", ""),
+    "close: ends nothing that was left open before": ("complete_task", "PERFORM pipeline.close_executions(p_closing);", "NULL;"),
+    "cancel: of what has succeeded already": ("cancel_execution", "PERFORM pipeline.close_executions(ARRAY[p_execution]);", ""),
     "close: does not wait for what runs": ("close_if_idle", "t.status = 'running'", "false"),
     "take_due: publishes what is paused": ("take_due", "WHERE NOT p.paused", ""),
     "expire: lets tasks wait for ever": ("expire_execution", "OR waiting.task_id IS NOT NULL", ""),

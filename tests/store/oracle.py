@@ -70,13 +70,15 @@ class Execution:
     status: str = "pending"
     verdict: str | None = None
     paused: bool = False
+    #: when recovery closes it, where whoever ran its last task went on and left that for later
+    closing: float = inf
 
     @property
     def undecided(self) -> bool:
         return self.status in OPEN and self.verdict is None
 
     def close(self, status: str) -> None:
-        self.status, self.paused = status, False
+        self.status, self.paused, self.closing = status, False, inf
 
     def decide(self, verdict: str, others: str) -> None:
         """Nothing new starts; it is closed once nothing runs."""
@@ -214,7 +216,18 @@ class Oracle:
             return Answer(outcome="done", ready=self._settle(x, by=fence))
         return Answer(outcome="done")
 
+    def leave(self, x: Execution, *, paused: bool) -> None:
+        """It has succeeded, and whoever ran its last task closes it later."""
+        x.status, x.paused, x.closing = "running", paused, self.now + self.grace / 4
+
     # recovery
+
+    def close_overdue(self) -> int:
+        """How many were closed that somebody should have closed."""
+        left = [x for x in self.executions.values() if x.closing <= self.now]
+        for x in left:
+            x.close("success")
+        return len(left)
 
     def lost(self) -> list[tuple[Execution, Task]]:
         """What runs on workers whose lease ran out."""
@@ -225,7 +238,13 @@ class Oracle:
         return [(x, t) for x, t in self.all() if t.status == "running" and t.kill_at <= self.now]
 
     def expired(self) -> set[str]:
-        """Executions whose time is up, or of which a task has waited too long since it last became ready."""
+        """Executions whose time is up, or of which a task has waited too long since it last became ready.
+
+        One that has only to be closed is closed instead.
+        """
+        for x in self.executions.values():
+            if x.closing < inf and x.deadline <= self.now:
+                x.close("success")
         return {
             x.id for x, t in self.all()
             if x.undecided and (
@@ -267,7 +286,9 @@ class Oracle:
     # people
 
     def cancel(self, x: Execution) -> None:
-        if x.status in OPEN:
+        if x.closing < inf:
+            x.close("success")
+        elif x.status in OPEN:
             x.verdict = "cancelled"  # outweighs a failure
             x.decide("cancelled", "cancelled")
 

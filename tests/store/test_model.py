@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import zip_longest
+from math import inf
 from random import Random
 from typing import Any
 from unittest.mock import patch
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from pipeline import compiler
-from pipeline.result_store.rows import NOTHING, Claim, Fence, Follow, NewExecution, ReadyTask
+from pipeline.result_store.rows import NOTHING, Claim, Ended, Fence, Follow, NewExecution, ReadyTask
 from pipeline.states import TaskStatus
 from tests.store.conftest import EPOCH, Driver
 from tests.store.oracle import AGAIN, HANDLER, OPEN, TIMEOUT, Answer, Execution, Hint, Oracle
@@ -33,6 +34,7 @@ DICE = st.integers(0, 2**32 - 1).map(Random)
 #: what has to happen often
 DONE = (
     "claimed", "claimed again", "refused", "done", "done again", "stale", "gone on", "gone on elsewhere", "led from elsewhere",
+    "left open", "closed later",
 )  # fmt: skip
 
 EXECUTIONS = "SELECT execution_id, status, verdict, paused FROM pipeline.workflow_executions ORDER BY 1"
@@ -89,11 +91,12 @@ class Model(RuleBasedStateMachine):
         self.submit([0, 1, 1, 6, 0, 24], parallel=True)
         self.submit([0, 0, 1, 2], parallel=False)
         self.submit([0, 1, 3], parallel=True, together=4)
+        self.submit([0], parallel=True, together=24)
         self.submit_any(dice)
 
     def submit_any(self, dice: Random) -> None:
         masks = [dice.randrange(128) & dice.randrange(128) for _ in range(dice.randint(1, 8))]
-        together = dice.choice([0, 0, 1, 3])
+        together = dice.choice([1, 1, 1, 3])
         self.submit(
             [mask | 1 for mask in masks] if together > 1 else masks, parallel=dice.random() < 0.6,
             timeout=dice.choice([None, None, 500.0]), queue_timeout=dice.choice([None, None, 500.0]), together=together,
@@ -118,26 +121,19 @@ class Model(RuleBasedStateMachine):
 
     def submit(
         self, masks: list[int], *, parallel: bool, timeout: float | None = None, queue_timeout: float | None = None,
-        together: int = 0,
+        together: int = 1,
     ) -> None:  # fmt: skip
-        """Each task needs those before it whose bits are set in its mask. One execution, or so many by one statement."""
+        """Each task needs those before it whose bits are set in its mask. So many executions by one statement."""
         graph = {f"t{n}": " ".join(f"t{m}" for m in range(n) if mask >> m & 1) for n, mask in enumerate(masks)}
         definition = self.drive.define(graph, enable_parallel=parallel, timeout=timeout, queue_timeout=queue_timeout)
         number = len(self.oracle.executions)
-        executions = [f"exec-{number + n}" for n in range(together or 1)]
+        executions = [f"exec-{number + n}" for n in range(together)]
         with patch.multiple(compiler, WIDE=2 + number % 2, SLOTS=2):  # small headers in slots too
             definition_id = self.drive.dispatcher.register(definition)
-        if together:
-            work = [NewExecution(execution_id=execution, input_data={}, input_digest="") for execution in executions]
-            self.store.create_executions(
-                work, definition_id=definition_id, user_id=None, variables={}, timeout=timeout, queue_timeout=queue_timeout
-            )
-        else:
-            self.store.create_execution(
-                execution_id=executions[0], definition_id=definition_id, user_id=None,
-                idempotency_key=None, input_data={}, input_digest="", variables={}, timeout=timeout,
-                queue_timeout=queue_timeout,
-            )  # fmt: skip
+        work = [NewExecution(execution_id=execution, input_data={}, input_digest="") for execution in executions]
+        self.store.create_executions(
+            work, definition_id=definition_id, user_id=None, variables={}, timeout=timeout, queue_timeout=queue_timeout
+        )
         for execution in executions:
             expected = self.oracle.submit(execution, graph, parallel=parallel, timeout=timeout, queue=queue_timeout)
             ready = self.drive.ready_tasks(execution)
@@ -173,8 +169,11 @@ class Model(RuleBasedStateMachine):
         self.agreed = False
         if outcome == "complete":
             payload = self.payloads.setdefault(fence, len(self.payloads))
+            x = self.oracle.executions[fence.execution_id]
+            before = x.status, x.paused
             expected = self.oracle.end(fence, "success", result=payload)
             ended = self.store.complete(fence, payload, follow)
+            self.close(ended, follow, x, *before)
         else:
             delay = delay if outcome == "retry" else 0.0
             expected = self.oracle.end(fence, outcome, delay=delay)
@@ -193,6 +192,20 @@ class Model(RuleBasedStateMachine):
             self.go_on(fence, follow, ended.next, expected)
         self.steps[f"{ended.outcome} again" if expected.repeat else ended.outcome] += 1
         self.publish(ended.ready)
+
+    def close(self, ended: Ended, follow: Follow, own: Execution, status: str, paused: bool) -> None:
+        """An execution ends with its last task, unless the worker goes on elsewhere: then with a later call that is durable."""
+        left = set(ended.closing or ())
+        if own.id in left:
+            agree("left open", (status in OPEN and own.status, ended.next is not None, ended.durable), ("success", True, False))
+            self.oracle.leave(own, paused=paused)
+            self.steps["left open"] += 1
+        if ended.closing is not None:
+            agree("still to be closed", left - {own.id}, set() if ended.durable else set(follow.closing) - {own.id})
+            for x in map(self.oracle.executions.get, {*follow.closing, own.id} - left):
+                if x is not None and x.closing < inf:
+                    x.close("success")
+                    self.steps["closed later"] += 1
 
     def go_on(self, fence: Fence, follow: Follow, found: Claim, expected: Answer) -> None:
         """The worker has claimed what was released first or, where nothing was, what it asked for."""
@@ -214,7 +227,12 @@ class Model(RuleBasedStateMachine):
         others = [h for h in self.bag if h[0] != fence.execution_id and h in self.oracle.ready(h[0])]
         some = dice.choice(dice.choice([others] * 4 + [own, own, self.bag]) or [(None, None, None)])
         room = dice.choice([0.0, TIMEOUT - 1, *[TIMEOUT] * 4])
-        return Follow(room=room, execution_id=some[0], task_id=some[1], epoch=some[2], handler=HANDLER)
+        left = [x.id for x in self.oracle.executions.values() if x.closing < inf]
+        closing = dice.sample(left, dice.randint(0, len(left))) + dice.choice([[], [], [fence.execution_id]])
+        return Follow(
+            room=room, execution_id=some[0], task_id=some[1], epoch=some[2], handler=HANDLER, closing=tuple(closing),
+            durable=dice.random() < 0.2,
+        )  # fmt: skip
 
     def work(self, dice: Random) -> None:
         """Messages arrive, some again later or of another handler; attempts end, some twice or by a worker that lies."""
@@ -294,12 +312,13 @@ class Model(RuleBasedStateMachine):
             self.finish(
                 Fence(execution_id=a.execution_id, task_id=a.task_id, epoch=a.epoch, worker_id=a.worker_id), "lost"
             )
+        agree("closed", self.store.close_overdue(LIMIT), self.oracle.close_overdue())
         self.expire()
         expected_hints = self.oracle.take_due(first_only=first_only)
         agree("what is due", hints(self.store.take_due(LIMIT, first_only=first_only)), expected_hints)
         self.bag += expected_hints
         work = self.store.recovery_work()
-        agree("work that is left", (work.lost, work.overdue, work.expired), (False, False, False))
+        agree("work that is left", (work.lost, work.overdue, work.expired, work.closing), (False,) * 4)
 
     def expire(self) -> None:
         before = {x.id for x in self.oracle.executions.values() if x.undecided}
@@ -315,7 +334,7 @@ class Model(RuleBasedStateMachine):
         operation = dice.choice(STEERING)
         x = dice.choice(self.fitting(operation) if dice.random() < 0.8 else list(self.oracle.executions.values()))
         task_id, status = dice.choice(list(x.tasks)), dice.choice(["success", "skipped"])
-        found: Any = x.status
+        found: Any = "success" if operation == "cancel" and x.closing < inf else x.status
         match operation:
             case "mark":
                 marked = self.store.mark_task(
@@ -338,7 +357,7 @@ class Model(RuleBasedStateMachine):
         if operation in ("reopen", "rerun"):
             return [x for x in executions if x.status not in OPEN] or executions
         busy = {fence.execution_id for fence in self.held}
-        matters = {"cancel": lambda x: x.verdict == "failed", "pause": lambda x: x.id in busy}.get(operation, bool)
+        matters = {"cancel": lambda x: x.verdict == "failed" or x.closing < inf, "pause": lambda x: x.id in busy}.get(operation, bool)
         return [x for x in opened if matters(x)] or opened or executions
 
     def some_outcome(self, dice: Random) -> str:

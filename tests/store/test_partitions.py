@@ -10,6 +10,7 @@ import psycopg
 import pytest
 
 from pipeline.errors import ExecutionNotFound
+from pipeline.result_store.rows import Created, NewExecution
 from tests.store.conftest import OF_AN_EXECUTION, Driver
 
 #: tables that are cut into partitions
@@ -45,12 +46,15 @@ def on_day(driver: Driver, day: int, number: int = 0) -> str:
 
 def create(driver: Driver, execution: str) -> str:
     """An execution with an id of our own."""
-    created = driver.store.create_execution(
-        execution_id=execution, definition_id=driver.dispatcher.register(driver.define(WIDE)), user_id=None,
-        idempotency_key=None, input_data={}, input_digest="", variables={}, timeout=None,
-    )  # fmt: skip
-    assert created is not None
+    (created,) = record(driver, execution, WIDE)
     return created.execution_id
+
+
+def record(driver: Driver, execution: str, graph: dict[str, str]) -> list[Created]:
+    return driver.store.create_executions(
+        [NewExecution(execution_id=execution, input_data={}, input_digest="")],
+        definition_id=driver.dispatcher.register(driver.define(graph)), user_id=None, variables={}, timeout=None,
+    )  # fmt: skip
 
 
 def places(driver: Driver, execution: str) -> set[str]:
@@ -208,11 +212,7 @@ def test_create_with_an_id_of_a_forgotten_execution_whose_partition_is_there_rec
     execution = on_day(days, DAY + 1)
     end(days, execution)
     assert days.store.forget_executions([execution]) == 1
-    again = days.store.create_execution(
-        execution_id=execution, definition_id=days.dispatcher.register(days.define({"x": ""})), user_id=None,
-        idempotency_key=None, input_data={}, input_digest="", variables={}, timeout=None,
-    )  # fmt: skip
-    assert again is None
+    assert record(days, execution, {"x": ""}) == []
     with pytest.raises(ExecutionNotFound):
         days.status(execution)
 
@@ -249,9 +249,5 @@ def test_straight_path_reads_the_partition_of_its_execution_and_no_other(days: D
 def test_create_with_an_id_that_is_taken_records_nothing(days: Driver) -> None:
     execution = on_day(days, DAY)
     before = days.picture(execution)
-    again = days.store.create_execution(
-        execution_id=execution, definition_id=days.dispatcher.register(days.define({"x": ""})), user_id="ana",
-        idempotency_key=None, input_data={"a": 1}, input_digest="", variables={}, timeout=None,
-    )  # fmt: skip
-    assert again is None
+    assert record(days, execution, {"x": ""}) == []
     assert days.picture(execution) == before

@@ -15,7 +15,11 @@ from psycopg.types.json import Json
 
 import pipeline.result_store
 from pipeline.compiler import SLOTS, WIDE
+from pipeline.dispatch import _fresh_id
+from pipeline.result_store.connection import Database
+from pipeline.result_store.rows import NewExecution
 from pipeline.result_store.statements import sql_text, statements
+from pipeline.result_store.store import ResultStore
 from pipeline.states import TaskStatus
 from tests.store.conftest import Driver
 
@@ -194,6 +198,30 @@ def test_claims_and_ends_find_their_task_by_its_key_alone_also_by_plans_made_whi
         drive.store.end(fence, outcome)
     assert scans() == before
     drive.close()
+
+
+def test_create_is_planned_once_and_not_with_each_call_also_for_who_does_not_ask_for_it(database_url: str) -> None:
+    store = ResultStore.open(database_url)
+    drive = Driver(database_url)
+    key, planned = drive.dispatcher.register(drive.define({"a": "", "b": "a", "c": "a", "d": "b c"})), list[str]()
+
+    def create() -> None:
+        new = [NewExecution(execution_id=_fresh_id(), input_data={}, input_digest="")]
+        store.create_executions(new, definition_id=key, user_id=None, variables={}, timeout=None)
+
+    for _ in range(12):
+        create()
+    assert isinstance(store.link, Database)
+    connection = store.link.connection
+    connection.add_notice_handler(lambda told: planned.append(told.message_primary or ""))
+    connection.execute("SET log_planner_stats = on")
+    connection.execute("SET client_min_messages = log")
+    connection.execute("SELECT count(*) FROM pipeline.workers")
+    assert planned == ["PLANNER STATISTICS"], "the server says when it plans"
+    create()
+    store.close()
+    drive.close()
+    assert planned == ["PLANNER STATISTICS"]
 
 
 def test_counting_down_a_join_is_a_hot_update(drive: Driver) -> None:

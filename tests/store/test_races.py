@@ -14,7 +14,7 @@ import pytest
 
 from pipeline.compiler import WIDE
 from pipeline.errors import ExecutionNotFound
-from pipeline.result_store.rows import Fence
+from pipeline.result_store.rows import Fence, NewExecution
 from pipeline.result_store.store import ResultStore
 from tests.store.conftest import Driver
 
@@ -266,10 +266,9 @@ def test_retry_meets_a_forgetting_and_finds_nothing_and_leaves_nothing_due(arena
 
 def creator(drive: Driver, key: int, execution: str, digest: str = "d") -> Callable[[ResultStore], Any]:
     def create(store: ResultStore) -> Any:
-        return store.create_execution(
-            execution_id=execution, definition_id=key, user_id=None, idempotency_key="k", input_data={},
-            input_digest=digest, variables={}, timeout=None,
-        )  # fmt: skip
+        new = NewExecution(execution_id=execution, idempotency_key="k", input_data={}, input_digest=digest)
+        (created,) = store.create_executions([new], definition_id=key, user_id=None, variables={}, timeout=None)
+        return created
 
     return create
 

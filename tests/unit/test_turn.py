@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from celery.exceptions import Ignore
 from hypothesis import given
 from hypothesis import strategies as st
 
+import pipeline.turn
 from pipeline.dispatch import Dispatcher, Message, read_message
 from pipeline.result_store.rows import NOTHING, Claim, Ended, ReadyTask
 from pipeline.turn import Step, Turn
@@ -24,6 +26,10 @@ class Away:
 
     def __init__(self) -> None:
         self.tasks: list[tuple[str, dict[str, int]]] = []
+        self.closed: list[str] = []
+
+    def close(self, executions: Sequence[str]) -> None:
+        self.closed += executions
 
     def __call__(self, execution_id: str, tasks: dict[str, int]) -> None:
         self.tasks.append((execution_id, tasks))
@@ -35,7 +41,7 @@ def turn(away: Away, *named: tuple[str, str]) -> Turn:
     message = Message(
         execution_id=execution, task_id=task, epoch=0, others=tuple((other, name, 0) for other, name in others)
     )
-    return Turn(handler="h", message=message, room=ROOM, scatter=away)
+    return Turn(handler="h", message=message, room=ROOM, scatter=away, close=away.close)
 
 
 def claimed(execution: str, task: str) -> Claim:
@@ -117,6 +123,48 @@ def test_what_is_kept_and_may_not_be_on_disk_is_given_away_rather_than_claimed_b
     turn_after(running)
     assert running.next() is None  # the task of y failed: nothing was claimed with its end
     assert away.tasks == [("x", {"b": 0, "c": 0})]
+
+
+def test_executions_left_open_are_brought_with_each_call_until_one_has_ended_them() -> None:
+    away = Away()
+    running = turn(away, ("x", "a"), ("y", "a"), ("z", "a"))
+    running.go_on(done(claimed("y", "a"), closing=["x"], durable=False))
+    assert (running.follow().closing, running.follow().durable) == (("x",), False)
+    turn_after(running).go_on(done(claimed("z", "a"), closing=None, durable=False))
+    assert running.follow().closing == ("x",), "the task of y went along the careful path"
+    turn_after(running).go_on(done(closing=[]))
+    assert (running.follow().closing, running.next(), away.closed) == ((), None, [])
+
+
+def test_executions_left_open_for_longer_than_a_moment_ask_for_a_commit_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(pipeline.turn.time, "monotonic", lambda: now[0])
+    running = turn(Away(), ("x", "a"), ("y", "a"), ("z", "a"))
+    running.go_on(done(claimed("y", "a"), closing=["x"], durable=False))
+    now[0] = 0.04
+    turn_after(running).go_on(done(claimed("z", "a"), closing=["x", "y"], durable=False))
+    assert not running.follow().durable
+    now[0] = 0.06
+    assert running.follow().durable, "x ended 60 ms ago, although the present task has just begun"
+
+
+@pytest.mark.parametrize("end", ["next", "over", "look"])
+def test_executions_left_open_end_with_their_turn_or_when_its_task_takes_long(
+    end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    now, away = [0.0], Away()
+    monkeypatch.setattr(pipeline.turn.time, "monotonic", lambda: now[0])
+    running = turn(away, ("x", "a"), ("y", "a"))
+    running.go_on(done(claimed("y", "a"), closing=["x"], durable=False))
+    turn_after(running)
+    assert (running.look(), away.closed) == (0.05, [])
+    if end == "look":
+        now[0] = 0.06
+        assert running.look() is None
+    else:
+        running.over = end == "over"
+        assert running.next() is None  # the task of y failed: nothing was closed with its end
+    assert (away.closed, running.follow().closing) == (["x"], ())
 
 
 def test_turn_that_is_over_follows_nothing_and_gives_away_what_waits_by_execution() -> None:

@@ -1,0 +1,331 @@
+-- Executions are recorded with fewer statements, and the functions of the straight path are planned once; executions whose last
+-- tasks one worker ran in a row end together.
+
+CREATE TABLE pipeline.closings (
+    execution_id  text COLLATE "C" PRIMARY KEY,
+    due_at        timestamptz NOT NULL
+) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500, autovacuum_vacuum_cost_delay = 0);
+
+DROP FUNCTION pipeline.create_execution(
+    text, bigint, text, text, jsonb, text, jsonb, interval, interval, interval, pipeline.ready_task);
+DROP FUNCTION pipeline.complete_task(
+    text, text, int, bigint, jsonb, interval, double precision, text, text, int, text, interval, boolean, boolean);
+
+CREATE OR REPLACE FUNCTION pipeline.create_executions(
+    p_definition bigint, p_user text, p_work jsonb, p_variables jsonb, p_deadline interval, p_queue_timeout interval,
+    p_grace interval
+) RETURNS TABLE (number int, created boolean, execution_id text, same_work boolean, ready pipeline.ready_task[])
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan AS $$
+DECLARE
+    now_ timestamptz := pipeline.clock();  -- asked for each task, it would take as long as a sixth of the whole
+    workflow text;
+    entry text[];
+    each_ int;
+    given record;
+    made text[] := '{}';
+    numbers int[] := '{}';
+    leaders text[] := '{}';
+BEGIN
+    SELECT d.workflow_id INTO STRICT workflow FROM pipeline.workflow_definitions d WHERE d.definition_id = p_definition;
+    entry := ARRAY(SELECT t.task_id FROM pipeline.workflow_tasks t
+                    WHERE t.definition_id = p_definition AND t.waits_for = '{}');
+    IF jsonb_array_length(p_work) > 1 AND cardinality(entry) = 1 AND p_grace > '0' THEN
+        SELECT least(greatest(ceil(jsonb_array_length(p_work)::float8 / greatest(f.processes, 1))::int,
+                              CASE WHEN t.handler = ANY (f.quick) THEN 4 END),
+                     1 + floor((330 - 3.5 * octet_length(t.task_id) - octet_length(t.handler)) * 0.74
+                               / (octet_length(p_work -> 0 ->> 'execution_id') + octet_length(t.task_id) + 12))::int) INTO each_
+          FROM pipeline.fleet() f
+          JOIN pipeline.workflow_tasks t ON t.definition_id = p_definition AND t.task_id = entry[1] AND t.handler <> ALL (f.slow);
+    END IF;
+    FOR given IN SELECT w.* FROM ROWS FROM (jsonb_to_recordset(p_work) AS (
+            execution_id text, idempotency_key text, input_data jsonb, input_digest text)) WITH ORDINALITY w LOOP
+        INSERT INTO pipeline.workflow_executions AS e
+            (execution_id, definition_id, workflow_id, created_by, idempotency_key, input_digest, created_at, deadline_at,
+             queue_timeout)
+            VALUES (given.execution_id, p_definition, workflow, p_user, given.idempotency_key, given.input_digest, now_,
+                    now_ + p_deadline, p_queue_timeout)
+            ON CONFLICT DO NOTHING;
+        IF NOT FOUND THEN
+            RETURN QUERY SELECT given.ordinality::int, false, e.execution_id,
+                                e.definition_id = p_definition AND e.input_digest = given.input_digest, NULL::pipeline.ready_task[]
+                FROM pipeline.workflow_executions e WHERE e.workflow_id = workflow AND e.idempotency_key = given.idempotency_key;
+            CONTINUE;
+        END IF;
+        INSERT INTO pipeline.workflow_states VALUES (given.execution_id, p_variables, given.input_data) ON CONFLICT DO NOTHING;
+        IF NOT FOUND THEN  -- of an execution that is forgotten, whose partition is still there
+            DELETE FROM pipeline.workflow_executions e WHERE e.execution_id = given.execution_id;
+            CONTINUE;
+        END IF;
+        leaders := leaders || CASE WHEN cardinality(made) % coalesce(each_, 1) = 0 THEN given.execution_id
+                                   ELSE leaders[cardinality(made)] END;
+        made := made || given.execution_id;
+        numbers := numbers || given.ordinality::int;
+    END LOOP;
+    RETURN QUERY
+        WITH first AS MATERIALIZED (SELECT * FROM pipeline.share(p_definition, entry, p_grace > '0')),
+        ready_ AS MATERIALIZED (
+            SELECT m.number, f.number AS place, m.execution_id, f.task_id, f.handler, f.timeout,
+                   CASE m.leader WHEN m.execution_id THEN f.led_by ELSE f.task_id END AS led_by,
+                   nullif(m.leader, m.execution_id) AS led_in
+              FROM unnest(made, numbers, leaders) m (execution_id, number, leader), first f),
+        started AS (
+            INSERT INTO pipeline.task_executions (execution_id, task_id, handler, ready_at, due_at, hints, led_by, led_in)
+            SELECT r.execution_id, r.task_id, r.handler, now_, now_ + p_grace, (p_grace > '0')::int, r.led_by, r.led_in
+              FROM ready_ r)
+        SELECT r.number, true, r.execution_id, true,
+               array_agg((r.execution_id, r.task_id, 0, r.handler, r.timeout, r.led_by, r.led_in)::pipeline.ready_task
+                         ORDER BY r.place)
+          FROM ready_ r GROUP BY r.number, r.execution_id;
+    INSERT INTO pipeline.task_executions (execution_id, task_id, handler)
+        SELECT m.execution_id, t.task_id, t.handler FROM unnest(made) m (execution_id), pipeline.workflow_tasks t
+         WHERE t.definition_id = p_definition AND t.waits_for <> '{}';
+    INSERT INTO pipeline.join_counters (execution_id, number, slot, remaining)
+        SELECT m.execution_id, h.number, s.slot, s.remaining
+          FROM unnest(made) m (execution_id), pipeline.workflow_headers h, LATERAL (
+            SELECT 0 AS slot, CASE h.slots WHEN '{}' THEN cardinality(h.tasks) ELSE cardinality(h.slots) END AS remaining
+            UNION ALL
+            SELECT n.slot, n.tasks FROM unnest(h.slots) WITH ORDINALITY n (tasks, slot)) s
+         WHERE h.definition_id = p_definition;
+END $$;
+
+CREATE FUNCTION pipeline.complete_task(
+    p_execution text, p_task text, p_epoch int, p_worker bigint, p_result jsonb, p_grace interval,
+    p_room double precision, p_next_execution text, p_next text, p_next_epoch int, p_handler text, p_hard_limit interval,
+    p_durable boolean, p_with_state boolean, p_closing text[], OUT outcome text, OUT ready pipeline.ready_task[],
+    OUT next pipeline.claimed_task, OUT state jsonb, OUT kept boolean, OUT durable boolean, OUT closing text[]
+) LANGUAGE plpgsql AS $$
+DECLARE
+    x record;
+    plan record;
+    remaining_ int;
+    released text[];
+    ended boolean := false;
+BEGIN
+    PERFORM pg_advisory_xact_lock_shared(pipeline.lock_key(p_execution));
+    SELECT e.definition_id, e.verdict, e.careful, e.paused INTO x
+      FROM pipeline.workflow_executions e WHERE e.execution_id = p_execution;
+    outcome := 'done'; kept := false; durable := true;
+    IF x.verdict IS NOT NULL OR x.careful THEN
+        outcome := 'again';
+        RETURN;
+    END IF;
+    UPDATE pipeline.task_executions t
+       SET status = 'success', result = p_result, finished_at = pipeline.clock(), deadline_at = NULL
+     WHERE t.execution_id = p_execution AND t.task_id = p_task
+       AND t.status = 'running' AND t.epoch = p_epoch AND t.worker_id = p_worker;
+    IF NOT FOUND THEN
+        SELECT r.outcome, r.ready INTO outcome, ready FROM pipeline.repeat_of(
+            p_execution, x.definition_id, p_task, p_epoch, p_worker, 'success') r;
+        IF outcome = 'done' THEN
+            PERFORM pipeline.close_executions(p_closing || p_execution);
+            closing := '{}';
+        END IF;
+        IF outcome = 'done' AND p_room > 0 THEN
+            SELECT t.execution_id, t.task_id, t.handler, t.epoch, t.attempt, t.retries, coalesce(t.params::json, w.params),
+                   NULL, w.timeout, w.dependencies, w.retry_policy INTO next
+              FROM pipeline.task_executions t
+              JOIN pipeline.workflow_tasks w ON w.definition_id = x.definition_id AND w.task_id = t.task_id
+             WHERE t.execution_id = p_execution AND t.status = 'running' AND t.worker_id = p_worker AND w.timeout <= p_room
+               AND (w.waits_for @> ARRAY[p_task]
+                    OR p_execution = p_next_execution AND t.task_id = p_next AND t.epoch = p_next_epoch + 1) LIMIT 1;
+            IF next.task_id IS NULL AND p_next_execution <> p_execution THEN
+                next := pipeline.taken_before(p_next_execution, p_next, p_next_epoch, p_worker, p_handler, p_room);
+                state := CASE WHEN p_with_state THEN pipeline.state_of(next.execution_id) END;
+            END IF;
+        END IF;
+        RETURN;
+    END IF;
+    SELECT w.releases, w.headers, w.slots INTO plan
+      FROM pipeline.workflow_tasks w WHERE w.definition_id = x.definition_id AND w.task_id = p_task;
+    released := plan.releases;
+    FOR n IN 1 .. cardinality(plan.headers) LOOP  -- ascending: the lock order of counters
+        UPDATE pipeline.join_counters c SET remaining = c.remaining - 1
+         WHERE c.execution_id = p_execution AND c.number = plan.headers[n] AND c.slot = coalesce(plan.slots[n], 0)
+        RETURNING c.remaining INTO remaining_;
+        IF remaining_ = 0 AND plan.slots[n] > 0 THEN
+            UPDATE pipeline.join_counters c SET remaining = c.remaining - 1
+             WHERE c.execution_id = p_execution AND c.number = plan.headers[n] AND c.slot = 0
+            RETURNING c.remaining INTO remaining_;
+        END IF;
+        IF remaining_ = 0 THEN
+            ended := ended OR plan.headers[n] = 0;
+            released := released || (SELECT h.bodies FROM pipeline.workflow_headers h
+                                      WHERE h.definition_id = x.definition_id AND h.number = plan.headers[n]);
+        END IF;
+    END LOOP;
+    IF p_next_execution <> p_execution AND p_room > 0 THEN
+        next := pipeline.go_on(p_next_execution, p_next, p_next_epoch, p_worker, p_handler, p_room, p_hard_limit);
+        state := CASE WHEN p_with_state THEN pipeline.state_of(next.execution_id) END;
+    ELSIF p_next_execution = p_execution AND released = '{}' AND p_room > 0 AND NOT x.paused THEN
+        next := pipeline.start_task(
+            p_execution, x.definition_id, p_next, p_next_epoch, p_worker, p_handler, p_room, p_hard_limit);
+    END IF;
+    IF released <> '{}' AND next.task_id IS NULL THEN
+        IF p_room > 0 AND NOT x.paused THEN
+            next := pipeline.start_task(
+                p_execution, x.definition_id, released[1], NULL, p_worker, NULL, p_room, p_hard_limit);
+        END IF;
+        IF next.task_id IS NULL OR cardinality(released) > 1 THEN
+            ready := pipeline.make_ready(p_execution, x.definition_id, released, p_grace);
+        END IF;
+    ELSIF released <> '{}' THEN
+        ready := pipeline.make_ready(p_execution, x.definition_id, released, p_grace);
+        kept := coalesce(ready[1].timeout <= p_room, false)
+            AND NOT EXISTS (SELECT 1 FROM unnest(ready[2:]) r WHERE r.led_by IS NULL)
+            AND EXISTS (SELECT 1 FROM pipeline.workers k
+                         WHERE k.worker_id = p_worker AND ready[1].handler = ANY (k.handlers));
+    END IF;
+    durable := p_durable OR released <> '{}' AND NOT kept OR next.task_id IS NULL AND (ended OR p_closing <> '{}');
+    IF durable THEN
+        closing := '{}';
+        IF ended THEN
+            PERFORM pipeline.close_execution(p_execution, 'success');
+        END IF;
+        IF p_closing <> '{}' THEN
+            PERFORM pipeline.close_executions(p_closing);
+        END IF;
+        RETURN;
+    END IF;
+    PERFORM set_config('synchronous_commit', 'off', true);
+    IF ended THEN
+        closing := p_closing || p_execution;
+        INSERT INTO pipeline.closings VALUES (p_execution, pipeline.clock() + p_grace / 4) ON CONFLICT DO NOTHING;
+    END IF;
+END $$;
+
+CREATE FUNCTION pipeline.close_executions(p_executions text[]) RETURNS int LANGUAGE plpgsql AS $$
+DECLARE
+    over text;
+    closed int := 0;
+BEGIN
+    FOR over IN SELECT c.execution_id FROM pipeline.closings c WHERE c.execution_id = ANY (p_executions)
+                 ORDER BY c.execution_id FOR UPDATE SKIP LOCKED LOOP
+        CONTINUE WHEN NOT pg_try_advisory_xact_lock_shared(pipeline.lock_key(over));
+        IF EXISTS (SELECT 1 FROM pipeline.workflow_executions e
+                     JOIN pipeline.join_counters c ON c.execution_id = over AND c.number = 0 AND c.slot = 0
+                    WHERE e.execution_id = over AND e.verdict IS NULL AND c.remaining = 0) THEN
+            PERFORM pipeline.close_execution(over, 'success');
+        END IF;
+        DELETE FROM pipeline.closings c WHERE c.execution_id = over;
+        closed := closed + 1;
+    END LOOP;
+    RETURN closed;
+END $$;
+
+CREATE OR REPLACE FUNCTION pipeline.cancel_execution(p_execution text, p_user text) RETURNS text LANGUAGE plpgsql AS $$
+DECLARE
+    x record;
+BEGIN
+    PERFORM pg_advisory_xact_lock(pipeline.lock_key(p_execution));
+    PERFORM pipeline.close_executions(ARRAY[p_execution]);  -- too late, then
+    SELECT e.status, e.verdict INTO x FROM pipeline.workflow_executions e WHERE e.execution_id = p_execution;
+    IF x.status NOT IN ('pending', 'running', 'retry') OR x.verdict = 'cancelled' THEN
+        RETURN x.status;
+    END IF;
+    INSERT INTO pipeline.workflow_events (execution_id, kind, user_id) VALUES (p_execution, 'cancel', p_user);
+    UPDATE pipeline.workflow_executions e SET verdict = NULL WHERE e.execution_id = p_execution;  -- outweighs a failure
+    PERFORM pipeline.decide(p_execution, 'cancelled', 'cancelled', 'cancelled' || coalesce(' by ' || p_user, ''));
+    PERFORM pg_notify('pipeline_stop', p_execution);
+    RETURN x.status;
+END $$;
+
+CREATE OR REPLACE FUNCTION pipeline.expire_execution(p_execution text) RETURNS boolean LANGUAGE plpgsql AS $$
+DECLARE
+    reason text;
+BEGIN
+    PERFORM pg_advisory_xact_lock(pipeline.lock_key(p_execution));
+    PERFORM pipeline.close_executions(ARRAY[p_execution]);
+    SELECT CASE WHEN e.deadline_at <= pipeline.clock() THEN 'the execution ran longer than the timeout of its workflow'
+                ELSE format('task %s waited longer for a worker than the queue_timeout of its workflow', waiting.task_id)
+           END INTO reason
+      FROM pipeline.workflow_executions e
+      LEFT JOIN LATERAL (
+        SELECT t.task_id FROM pipeline.task_executions t
+         WHERE t.execution_id = e.execution_id AND t.status = 'pending' AND t.due_at IS NOT NULL AND NOT e.paused
+           AND t.ready_at <= pipeline.clock() - e.queue_timeout ORDER BY t.ready_at LIMIT 1) waiting ON true
+     WHERE e.execution_id = p_execution AND e.verdict IS NULL AND e.status IN ('pending', 'running', 'retry')
+       AND (e.deadline_at <= pipeline.clock() OR waiting.task_id IS NOT NULL);
+    IF NOT FOUND THEN
+        RETURN false;
+    END IF;
+    PERFORM pipeline.decide(p_execution, 'failed', 'skipped', reason);
+    PERFORM pg_notify('pipeline_stop', p_execution);
+    RETURN true;
+END $$;
+
+CREATE OR REPLACE FUNCTION pipeline.audit() RETURNS TABLE (violation text, execution_id text, subject text) LANGUAGE sql AS $$
+    WITH task AS (
+        SELECT t.*, w.dependencies, e.status AS execution_status, e.verdict, e.paused, e.careful,
+               EXISTS (SELECT 1 FROM pipeline.task_executions o
+                        WHERE o.execution_id = t.execution_id AND o.task_id = ANY (w.waits_for)
+                          AND o.status IN ('pending', 'running', 'retry'))
+               OR e.definition_id IN (SELECT d.definition_id FROM pipeline.workflow_definitions d
+                                       WHERE d.definition ->> 'enable_parallel' = 'false') AND EXISTS (
+                   SELECT 1 FROM pipeline.task_executions o
+                     JOIN pipeline.workflow_tasks v ON v.definition_id = e.definition_id AND v.task_id = o.task_id
+                    WHERE o.execution_id = t.execution_id AND v.number < w.number
+                      AND o.status IN ('pending', 'running', 'retry')) AS blocked
+          FROM pipeline.task_executions t
+          JOIN pipeline.workflow_executions e USING (execution_id)
+          JOIN pipeline.workflow_tasks w ON w.definition_id = e.definition_id AND w.task_id = t.task_id)
+    SELECT 'started before its dependencies succeeded', t.execution_id, t.task_id FROM task t
+     WHERE t.status IN ('running', 'retry', 'success', 'failed')
+       AND EXISTS (SELECT 1 FROM pipeline.task_executions d WHERE d.execution_id = t.execution_id
+                    AND d.task_id = ANY (t.dependencies) AND d.status <> 'success')
+    UNION ALL
+    SELECT 'may start although something it waits for is open', t.execution_id, t.task_id FROM task t
+     WHERE (t.due_at IS NOT NULL OR t.status = 'running') AND t.blocked
+    UNION ALL
+    SELECT 'never released', t.execution_id, t.task_id FROM task t
+     WHERE t.status = 'pending' AND t.due_at IS NULL AND t.verdict IS NULL AND NOT t.blocked
+    UNION ALL
+    SELECT 'due although it ended', t.execution_id, t.task_id FROM task t
+     WHERE t.finished_at IS NOT NULL AND t.due_at IS NOT NULL
+    UNION ALL
+    SELECT 'parked in an execution that is not paused', t.execution_id, t.task_id FROM task t
+     WHERE t.due_at = 'infinity' AND NOT t.paused
+    UNION ALL
+    SELECT 'skipped, and completions do not look for it', t.execution_id, t.task_id FROM task t
+     WHERE t.status = 'skipped' AND t.verdict IS NULL AND NOT t.careful
+    UNION ALL
+    SELECT 'result of a task that did not succeed', t.execution_id, t.task_id FROM task t
+     WHERE t.status <> 'success' AND t.result IS NOT NULL
+    UNION ALL
+    SELECT 'to start in an execution that is decided', t.execution_id, t.task_id FROM task t
+     WHERE t.verdict IS NOT NULL AND t.status IN ('pending', 'retry')
+    UNION ALL
+    SELECT 'waits for a retry that never comes', t.execution_id, t.task_id FROM task t
+     WHERE t.status = 'retry' AND t.due_at IS NULL
+    UNION ALL
+    SELECT 'counter differs from its open tasks', e.execution_id, format('%s.%s', o.number, o.slot)
+      FROM pipeline.workflow_executions e, LATERAL (
+            SELECT number, slot FROM pipeline.open_places(e.execution_id, e.definition_id, '{success,skipped}') p
+              FULL JOIN (SELECT c.number, c.slot, c.remaining FROM pipeline.join_counters c
+                          WHERE c.execution_id = e.execution_id) c USING (number, slot)
+             WHERE p.remaining IS DISTINCT FROM c.remaining) o
+     WHERE e.verdict IS NULL AND e.status IN ('pending', 'running', 'retry')
+    UNION ALL
+    SELECT 'open task in an ended execution', t.execution_id, t.task_id FROM task t
+     WHERE t.execution_status IN ('success', 'failed', 'cancelled') AND t.status IN ('pending', 'running', 'retry')
+    UNION ALL
+    SELECT 'ended although its verdict says otherwise', e.execution_id, e.status
+      FROM pipeline.workflow_executions e
+     WHERE e.status IN ('success', 'failed', 'cancelled') AND e.status <> coalesce(e.verdict, 'success')
+    UNION ALL
+    SELECT 'success with a task that failed', t.execution_id, t.task_id FROM task t
+     WHERE t.execution_status = 'success' AND t.status IN ('failed', 'cancelled')
+    UNION ALL
+    SELECT 'nothing runs and nothing will', e.execution_id, e.status
+      FROM pipeline.workflow_executions e
+     WHERE e.status IN ('pending', 'running', 'retry')
+       AND NOT EXISTS (SELECT 1 FROM pipeline.task_executions t WHERE t.execution_id = e.execution_id
+                        AND (t.status = 'running' OR (t.status IN ('pending', 'retry') AND t.due_at IS NOT NULL)))
+       AND NOT EXISTS (SELECT 1 FROM pipeline.closings c WHERE c.execution_id = e.execution_id)
+    UNION ALL
+    SELECT 'may start although its execution is gone', t.execution_id, t.task_id FROM pipeline.task_executions t
+     WHERE (t.status IN ('pending', 'retry') AND t.due_at IS NOT NULL OR t.status = 'running')
+       AND NOT EXISTS (SELECT 1 FROM pipeline.workflow_executions e WHERE e.execution_id = t.execution_id)
+    UNION ALL
+    SELECT 'running on a worker that never was', t.execution_id, t.task_id FROM task t
+     WHERE t.status = 'running' AND NOT EXISTS (SELECT 1 FROM pipeline.workers k WHERE k.worker_id = t.worker_id)
+$$;
