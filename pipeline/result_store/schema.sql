@@ -426,16 +426,14 @@ BEGIN
        AND w.definition_id = p_definition AND w.task_id = p_task AND w.timeout <= p_room
        AND k.worker_id = p_worker AND k.expires_at > now_
        AND (t.handler = p_handler OR p_handler IS NULL AND t.handler = ANY (k.handlers))
-    RETURNING t.execution_id, t.task_id, t.handler, t.epoch, t.attempt, t.retries,
-              coalesce(t.params::json, w.params), NULL, w.timeout, w.dependencies, w.retry_policy INTO started;
-    IF cardinality(started.dependencies) BETWEEN 1 AND 16 THEN
-        started.results := (
-            SELECT CASE WHEN coalesce(sum(CASE WHEN pg_column_size(r.result) > 8192 THEN 8193  -- compressed
-                                               ELSE octet_length(r.result::text) END), 0) <= 8192
-                        THEN jsonb_object_agg(r.task_id, r.result) END
-              FROM pipeline.task_executions r
-             WHERE r.execution_id = p_execution AND r.task_id = ANY (started.dependencies));
-    END IF;
+    RETURNING t.execution_id, t.task_id, t.handler, t.epoch, t.attempt, t.retries, coalesce(t.params::json, w.params),
+              CASE WHEN cardinality(w.dependencies) BETWEEN 1 AND 16 THEN (
+                  SELECT CASE WHEN coalesce(sum(CASE WHEN pg_column_size(r.result) > 8192 THEN 8193  -- compressed
+                                                     ELSE octet_length(r.result::text) END), 0) <= 8192
+                              THEN jsonb_object_agg(r.task_id, r.result) END
+                    FROM pipeline.task_executions r
+                   WHERE r.execution_id = p_execution AND r.task_id = ANY (w.dependencies)) END,
+              w.timeout, w.dependencies, w.retry_policy INTO started;
     RETURN started;
 END $$;
 
@@ -525,14 +523,15 @@ CREATE FUNCTION pipeline.complete_task(
 ) LANGUAGE plpgsql AS $$
 DECLARE
     x record;
-    plan record;
     remaining_ int;
     released text[];
     ended boolean := false;
 BEGIN
     PERFORM pg_advisory_xact_lock_shared(pipeline.lock_key(p_execution));
-    SELECT e.definition_id, e.verdict, e.careful, e.paused INTO x
-      FROM pipeline.workflow_executions e WHERE e.execution_id = p_execution;
+    SELECT e.definition_id, e.verdict, e.careful, e.paused, w.releases, w.headers, w.slots INTO x
+      FROM pipeline.workflow_executions e
+      LEFT JOIN pipeline.workflow_tasks w ON w.definition_id = e.definition_id AND w.task_id = p_task
+     WHERE e.execution_id = p_execution;
     outcome := 'done'; kept := false; durable := true;
     IF x.verdict IS NOT NULL OR x.careful THEN
         outcome := 'again';
@@ -564,22 +563,20 @@ BEGIN
         END IF;
         RETURN;
     END IF;
-    SELECT w.releases, w.headers, w.slots INTO plan
-      FROM pipeline.workflow_tasks w WHERE w.definition_id = x.definition_id AND w.task_id = p_task;
-    released := plan.releases;
-    FOR n IN 1 .. cardinality(plan.headers) LOOP  -- ascending: the lock order of counters
+    released := x.releases;
+    FOR n IN 1 .. cardinality(x.headers) LOOP  -- ascending: the lock order of counters
         UPDATE pipeline.join_counters c SET remaining = c.remaining - 1
-         WHERE c.execution_id = p_execution AND c.number = plan.headers[n] AND c.slot = coalesce(plan.slots[n], 0)
+         WHERE c.execution_id = p_execution AND c.number = x.headers[n] AND c.slot = coalesce(x.slots[n], 0)
         RETURNING c.remaining INTO remaining_;
-        IF remaining_ = 0 AND plan.slots[n] > 0 THEN
+        IF remaining_ = 0 AND x.slots[n] > 0 THEN
             UPDATE pipeline.join_counters c SET remaining = c.remaining - 1
-             WHERE c.execution_id = p_execution AND c.number = plan.headers[n] AND c.slot = 0
+             WHERE c.execution_id = p_execution AND c.number = x.headers[n] AND c.slot = 0
             RETURNING c.remaining INTO remaining_;
         END IF;
         IF remaining_ = 0 THEN
-            ended := ended OR plan.headers[n] = 0;
+            ended := ended OR x.headers[n] = 0;
             released := released || (SELECT h.bodies FROM pipeline.workflow_headers h
-                                      WHERE h.definition_id = x.definition_id AND h.number = plan.headers[n]);
+                                      WHERE h.definition_id = x.definition_id AND h.number = x.headers[n]);
         END IF;
     END LOOP;
     IF p_next_execution <> p_execution AND p_room > 0 THEN
