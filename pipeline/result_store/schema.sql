@@ -310,6 +310,7 @@ END $$;
 -- the place in p_work, a list of execution_id, idempotency_key, input_data and input_digest. One transaction with whatever the
 -- caller's connection has open. `created` is false where the idempotency key was used before; no row where the id belongs to
 -- another execution. Where each begins with one task, several of these share a message, by the rules of `share`.
+-- Plans are kept whatever the caller's session says: two of the statements would else be planned with each call.
 CREATE FUNCTION pipeline.create_executions(
     p_definition bigint, p_user text, p_work jsonb, p_variables jsonb, p_deadline interval, p_queue_timeout interval,
     p_grace interval

@@ -7,6 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -102,6 +103,17 @@ def test_process_killed_amid_executions_that_share_messages_leaves_them_to_recov
     with site.worker(concurrency=1):
         done = [site.engine.wait(execution_id, 60) for execution_id in ids]
     assert [(x.status, x.tasks["a"].attempt, x.tasks["b"].losses) for x in done] == [(ExecutionStatus.SUCCESS, 1, 1)] * 4
+
+
+def test_process_killed_with_executions_left_open_leaves_their_end_to_recovery(sites: Callable[..., Site]) -> None:
+    site = sites(grace=2.0)
+    ids = site.engine.execute_many(workflow(task("t", "site.die", timeout=30)), [{"attempts": n} for n in (0, 0, 1)])
+    with site.worker(concurrency=1):
+        *left, last = [site.engine.wait(execution_id, 60) for execution_id in ids]
+    assert {x.status for x in (*left, last)} == {ExecutionStatus.SUCCESS}
+    assert [(x.tasks["t"].attempt, x.tasks["t"].losses) for x in (*left, last)] == [(1, 0), (1, 0), (2, 1)]
+    for x in left:
+        assert x.finished_at - x.tasks["t"].finished_at >= timedelta(seconds=0.5)  # type: ignore[operator]
 
 
 def test_tasks_behind_one_that_takes_long_are_run_by_another_worker(sites: Callable[..., Site], tmp_path: Path) -> None:

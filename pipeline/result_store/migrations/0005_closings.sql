@@ -1,5 +1,5 @@
--- Executions are recorded with fewer statements, and the functions of the straight path are planned once; executions whose last
--- tasks one worker ran in a row end together.
+-- Executions whose last tasks one worker ran in a row end together. To record them, to claim and to complete takes fewer
+-- statements, and to record them no planning.
 
 CREATE TABLE pipeline.closings (
     execution_id  text COLLATE "C" PRIMARY KEY,
