@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -84,6 +84,10 @@ class Turn:
             return None
         self._claim = None
         return claim
+
+    def lead(self, executions: Iterable[str]) -> None:
+        """Take on the tasks of other executions that share the present one's message without being named there."""
+        self._waiting.extend(replace(self.step, execution_id=execution_id, epoch=0) for execution_id in executions)
 
     def follow(self, known: Container[str] = ()) -> Follow:
         """What may be claimed together with the end of the present task; `known`: executions whose state is at hand."""

@@ -18,6 +18,11 @@ class _Result:
     result: Any
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Led:
+    execution_id: str
+
+
 class Attempts(Door):
     """What workers do with tasks."""
 
@@ -29,6 +34,10 @@ class Attempts(Door):
             "claim_task", rows.Claim, execution_id=execution_id, task_id=task_id, epoch=epoch, worker_id=worker_id,
             handler=handler, hard_limit=self.hard_limit * 3, with_state=with_state,
         )  # fmt: skip
+
+    def leads_of(self, execution_id: str, task_id: str) -> list[str]:
+        """Executions whose first tasks share the message of a task that no worker was given, as its execution takes no claims."""
+        return [row.execution_id for row in self._all("leads_of", _Led, execution_id=execution_id, task_id=task_id)]
 
     def state(self, execution_id: str) -> rows.State:
         """What every task of an execution may read; it never changes."""

@@ -21,7 +21,7 @@ class Executions(Door):
 
     def create_executions(
         self, work: Sequence[rows.NewExecution], *, definition_id: int, user_id: str | None, variables: Mapping[str, Any],
-        timeout: float | None, queue_timeout: float | None = None,
+        timeout: float | None, queue_timeout: float | None = None, leader: str | None = None,
     ) -> list[rows.Created]:  # fmt: skip
         """Record executions of a definition with all their tasks, or find those that their idempotency keys belong to.
 
@@ -30,7 +30,7 @@ class Executions(Door):
         return self._all(
             "create_executions", rows.Created, work=jsonb([vars(new) for new in work]), definition_id=definition_id,
             user_id=user_id, variables=jsonb(variables), timeout=_seconds(timeout), queue_timeout=_seconds(queue_timeout),
-            grace=self.grace,
+            grace=self.grace, leader=leader,
         )  # fmt: skip
 
     def execution_status(self, execution_id: str) -> ExecutionStatus:

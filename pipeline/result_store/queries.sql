@@ -43,13 +43,18 @@ SELECT d.definition_id, d.definition::text AS definition
 -- create_executions --
 -- Record executions of one definition, their states, all their tasks and counters; no row for one whose id is another's.
 SELECT c.number, c.created, c.execution_id, c.same_work, to_json(c.ready) AS ready FROM pipeline.create_executions(
-    %(definition_id)s, %(user_id)s, %(work)s, %(variables)s, %(timeout)s, %(queue_timeout)s, %(grace)s) c
+    %(definition_id)s, %(user_id)s, %(work)s, %(variables)s, %(timeout)s, %(queue_timeout)s, %(grace)s, %(leader)s) c
 
 -- claim_task --
 -- Take a task for this worker's incarnation; no row where the message was stale. `with_state` brings what never changes.
 SELECT c.*, CASE WHEN %(with_state)s THEN pipeline.state_of(c.execution_id) END AS state
   FROM pipeline.claim_task(
     %(execution_id)s, %(task_id)s, %(epoch)s, %(worker_id)s, %(handler)s, %(hard_limit)s) c
+
+-- leads_of --
+-- Executions whose first tasks share the message of a task that no worker was given.
+SELECT unnest(leads) AS execution_id FROM pipeline.task_executions
+ WHERE execution_id = %(execution_id)s AND task_id = %(task_id)s AND attempt = 0
 
 -- execution_state --
 -- What every task of an execution may read.

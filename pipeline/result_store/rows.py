@@ -90,6 +90,8 @@ class Claim:
     retry_policy: dict[str, Any] | None
     #: of the declared dependencies, where they are few and small
     results: dict[str, Any] | None = None
+    #: executions whose first tasks share its message and are not named there
+    leads: list[str] | None = None
     #: where it was asked for
     state: State | None = None
 

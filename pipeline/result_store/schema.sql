@@ -21,9 +21,11 @@
 
 CREATE SCHEMA pipeline;
 
--- Tests set the clock: SET pipeline.fake_now = '2026-01-01 00:00:00+00'.
-CREATE FUNCTION pipeline.clock() RETURNS timestamptz LANGUAGE sql STABLE AS
-$$ SELECT coalesce(nullif(current_setting('pipeline.fake_now', true), '')::timestamptz, clock_timestamp()) $$;
+-- Tests set the clock: SET pipeline.fake_now = '2026-01-01 00:00:00+00'. In SQL, Postgres before 18 would plan it with each call.
+CREATE FUNCTION pipeline.clock() RETURNS timestamptz LANGUAGE plpgsql STABLE AS $$
+BEGIN
+    RETURN coalesce(nullif(current_setting('pipeline.fake_now', true), '')::timestamptz, clock_timestamp());
+END $$;
 
 -- What the rows of executions and tasks must be at any time. A CHECK that says so in full would be read anew from its text
 -- with each change of a row; one that calls a function is short.
@@ -159,6 +161,7 @@ CREATE TABLE pipeline.task_executions (
     error_traceback   text,
     led_by            text COLLATE "C",             -- whose message it shares; NULL: it has, or needs, one of its own
     led_in            text COLLATE "C",             -- of which execution, where that is another; without led_by it says nothing
+    leads             text[],                       -- executions whose first tasks share its message and are not named there
     PRIMARY KEY (execution_id, task_id),
     CONSTRAINT task_executions_fits CHECK (pipeline.fits_task(status, finished_at, worker_id, deadline_at, due_at, led_by))
 ) PARTITION BY RANGE (execution_id);
@@ -247,7 +250,7 @@ CREATE TYPE pipeline.ready_task AS (
 -- A task that was just claimed, as its worker needs it; with the results of its dependencies where they are few and small.
 CREATE TYPE pipeline.claimed_task AS (
     execution_id text, task_id text, handler text, epoch int, attempt int, retries int, params json, results jsonb,
-    timeout double precision, dependencies text[], retry_policy json);
+    timeout double precision, dependencies text[], retry_policy json, leads text[]);
 
 -- How many processes could run tasks now, and which handlers they know to be slow, or quick.
 CREATE FUNCTION pipeline.fleet(OUT processes int, OUT slow text[], OUT quick text[]) LANGUAGE plpgsql STABLE AS $$
@@ -306,14 +309,36 @@ BEGIN
                     WINDOW alike AS (PARTITION BY w.handler, w.timeout ORDER BY w.number)) d) m ORDER BY m.number;
 END $$;
 
+-- Have the first task of a new execution share the message of another one of its workflow, which waits for a worker and does
+-- not name it: whoever claims that task is told of this one. False where the other was claimed already, or by the rules of
+-- `share`, and where the caller would have to wait. What waits for more than a second may wait for recovery, and what is
+-- recorded by somebody else's transaction might keep workers waiting.
+CREATE FUNCTION pipeline.join_message(p_leader text, p_definition bigint, p_entry text[], p_execution text) RETURNS boolean
+LANGUAGE plpgsql AS $$
+BEGIN
+    IF p_leader IS NULL OR cardinality(p_entry) <> 1 OR NOT pg_try_advisory_xact_lock_shared(pipeline.lock_key(p_leader)) THEN
+        RETURN false;
+    END IF;
+    UPDATE pipeline.task_executions t SET leads = t.leads || p_execution
+      FROM pipeline.workflow_executions e
+     WHERE t.execution_id = p_leader AND t.task_id = p_entry[1] AND t.status = 'pending' AND t.attempt = 0 AND t.hints = 1
+       AND coalesce(t.due_at, 'infinity') < 'infinity'  -- by the key, and not by the index of what is due
+       AND t.led_by IS NULL AND t.ready_at > pipeline.clock() - interval '1 s'
+       AND coalesce(cardinality(t.leads), 0) < 7
+       AND e.execution_id = p_leader AND e.definition_id = p_definition AND NOT e.paused AND e.verdict IS NULL
+       AND (SELECT t.handler = ANY (f.quick) AND t.handler <> ALL (f.slow) FROM pipeline.fleet() f);
+    RETURN FOUND;
+END $$;
+
 -- Record executions of a stored definition with all their tasks and counters, and return those that are ready; `number` is
 -- the place in p_work, a list of execution_id, idempotency_key, input_data and input_digest. One transaction with whatever the
 -- caller's connection has open. `created` is false where the idempotency key was used before; no row where the id belongs to
 -- another execution. Where each begins with one task, several of these share a message, by the rules of `share`.
+-- With p_leader, an execution that the caller enqueued a moment ago, a single one joins its message; `ready` is empty then.
 -- Plans are kept whatever the caller's session says: two of the statements would else be planned with each call.
 CREATE FUNCTION pipeline.create_executions(
     p_definition bigint, p_user text, p_work jsonb, p_variables jsonb, p_deadline interval, p_queue_timeout interval,
-    p_grace interval
+    p_grace interval, p_leader text
 ) RETURNS TABLE (number int, created boolean, execution_id text, same_work boolean, ready pipeline.ready_task[])
 LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan AS $$
 DECLARE
@@ -361,6 +386,9 @@ BEGIN
         made := made || given.execution_id;
         numbers := numbers || given.ordinality::int;
     END LOOP;
+    IF cardinality(made) = 1 AND pipeline.join_message(p_leader, p_definition, entry, made[1]) THEN
+        leaders[1] := p_leader;
+    END IF;
     RETURN QUERY
         WITH first AS MATERIALIZED (SELECT * FROM pipeline.share(p_definition, entry, p_grace > '0')),
         ready_ AS MATERIALIZED (
@@ -374,7 +402,7 @@ BEGIN
               FROM ready_ r)
         SELECT r.number, true, r.execution_id, true,
                array_agg((r.execution_id, r.task_id, 0, r.handler, r.timeout, r.led_by, r.led_in)::pipeline.ready_task
-                         ORDER BY r.place)
+                         ORDER BY r.place) FILTER (WHERE r.led_in = p_leader IS NOT TRUE)
           FROM ready_ r GROUP BY r.number, r.execution_id;
     INSERT INTO pipeline.task_executions (execution_id, task_id, handler)
         SELECT m.execution_id, t.task_id, t.handler FROM unnest(made) m (execution_id), pipeline.workflow_tasks t
@@ -434,7 +462,7 @@ BEGIN
                               THEN jsonb_object_agg(r.task_id, r.result) END
                     FROM pipeline.task_executions r
                    WHERE r.execution_id = p_execution AND r.task_id = ANY (w.dependencies)) END,
-              w.timeout, w.dependencies, w.retry_policy INTO started;
+              w.timeout, w.dependencies, w.retry_policy, CASE WHEN t.attempt = 1 THEN t.leads END INTO started;
     RETURN started;
 END $$;
 
@@ -471,7 +499,7 @@ DECLARE
     taken pipeline.claimed_task;
 BEGIN
     SELECT t.execution_id, t.task_id, t.handler, t.epoch, t.attempt, t.retries, coalesce(t.params::json, w.params),
-           NULL::jsonb, w.timeout, w.dependencies, w.retry_policy INTO taken
+           NULL::jsonb, w.timeout, w.dependencies, w.retry_policy, CASE WHEN t.attempt = 1 THEN t.leads END INTO taken
       FROM pipeline.task_executions t
       JOIN pipeline.workflow_executions e USING (execution_id)
       JOIN pipeline.workflow_tasks w ON w.definition_id = e.definition_id AND w.task_id = t.task_id
@@ -551,7 +579,7 @@ BEGIN
         END IF;
         IF outcome = 'done' AND p_room > 0 THEN
             SELECT t.execution_id, t.task_id, t.handler, t.epoch, t.attempt, t.retries, coalesce(t.params::json, w.params),
-                   NULL, w.timeout, w.dependencies, w.retry_policy INTO next
+                   NULL, w.timeout, w.dependencies, w.retry_policy, CASE WHEN t.attempt = 1 THEN t.leads END INTO next
               FROM pipeline.task_executions t
               JOIN pipeline.workflow_tasks w ON w.definition_id = x.definition_id AND w.task_id = t.task_id
              WHERE t.execution_id = p_execution AND t.status = 'running' AND t.worker_id = p_worker AND w.timeout <= p_room

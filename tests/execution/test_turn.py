@@ -77,6 +77,54 @@ def test_executions_enqueued_together_share_messages_and_each_runs_with_its_own_
     assert sum(received(site, execution_id) for execution_id in ids) <= 15
 
 
+def until_quick(site: Site, handler: str) -> None:
+    """Run a handler until its worker has told others that it is quick."""
+    link = site.engine.installation.store.link
+    assert isinstance(link, Database)
+
+    def known() -> bool:
+        site.run(workflow(task("t", handler)))
+        with link.connection.cursor() as cursor:
+            cursor.execute("SELECT 1 FROM pipeline.workers WHERE %s = ANY (quick) AND expires_at > now()", [handler])
+            return cursor.fetchone() is not None
+
+    site.until(known)
+
+
+def test_executions_enqueued_one_by_one_while_workers_are_busy_share_messages_and_each_runs_with_its_own_input(
+    sites: Callable[..., Site], tmp_path: Path
+) -> None:  # fmt: skip
+    site = sites()
+    with site.worker(concurrency=1):
+        until_quick(site, "debug.echo")
+        busy = site.engine.execute_workflow(waiting(tmp_path, 1))
+        site.until_running(busy, "t0")
+        definition = site.engine.register(workflow(task("first", "debug.echo"), task("last", "debug.echo", ("first",))))
+        ids = [site.engine.execute_workflow(definition, {"day": day}) for day in range(24)]
+        (tmp_path / "late").touch()
+        done = [site.engine.wait(execution_id, 60) for execution_id in ids]
+    assert [(x.status, x.results["first"]) for x in done] == [(ExecutionStatus.SUCCESS, {"day": day}) for day in range(24)]
+    assert {t.attempt for x in done for t in x.tasks.values()} == {1}
+    assert sum(received(site, execution_id) for execution_id in ids) <= 12
+
+
+def test_execution_whose_message_others_joined_is_cancelled_and_the_others_run_without_recovery(
+    sites: Callable[..., Site], tmp_path: Path
+) -> None:  # fmt: skip
+    site = sites(grace=600.0)
+    with site.worker(concurrency=1):
+        until_quick(site, "debug.echo")
+        busy = site.engine.execute_workflow(waiting(tmp_path, 1))
+        site.until_running(busy, "t0")
+        definition = site.engine.register(workflow(task("t", "debug.echo")))
+        first, *others = (site.engine.execute_workflow(definition) for _ in range(3))
+        site.engine.cancel(first)
+        (tmp_path / "late").touch()
+        assert {site.engine.wait(execution_id, 60).status for execution_id in others} == {ExecutionStatus.SUCCESS}
+    assert site.engine.get_execution(first).status is ExecutionStatus.CANCELLED
+    assert sum(received(site, execution_id) for execution_id in others) == 0
+
+
 def test_tasks_behind_one_of_another_execution_that_takes_long_are_run_by_another_worker(
     sites: Callable[..., Site], tmp_path: Path
 ) -> None:

@@ -167,7 +167,7 @@ class Driver:
 
     def clear(self) -> None:
         """Forget all executions and workers but the driver's own."""
-        for table in (*OF_AN_EXECUTION, "workflow_executions"):
+        for table in (*OF_AN_EXECUTION, "closings", "workflow_executions"):
             self.sql(f"DELETE FROM pipeline.{table}")
         self.sql("DELETE FROM pipeline.workers WHERE worker_id <> %s", self.worker)
 

@@ -75,6 +75,11 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "decide: leaves what waits": ("decide", "t.status IN ('pending', 'retry')", "t.status = 'pending'"),
     "release: a skipped dependency does not matter": ("release", "AND d.status = 'skipped'", "AND d.status = 'failed'"),
     "release: forgets a body": ("release", "unnest(h.bodies) b", "unnest(h.bodies[2:]) b"),
+    "join: a message whose task was claimed": ("join_message", "t.status = 'pending' AND t.attempt = 0", "true"),
+    "join: a message that nobody sent": ("join_message", "AND t.hints = 1", ""),
+    "join: a message of a paused execution": ("join_message", "AND NOT e.paused", ""),
+    "claim: tells nobody who joined its message": ("start_task", "CASE WHEN t.attempt = 1 THEN t.leads END", "NULL"),
+    "claim: a repeat tells nobody who joined its message": ("taken_before", "CASE WHEN t.attempt = 1 THEN t.leads END", "NULL"),
     "close: leaves what several end together": ("close_executions", "IF EXISTS (SELECT 1", "IF false AND EXISTS (SELECT 1"),
     "close: forgets an execution that is left open": ("complete_task", "closing := p_closing || p_execution;", "closing := p_closing;"),
     "close: nobody looks after what is left open": (

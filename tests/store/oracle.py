@@ -130,6 +130,13 @@ class Oracle:
         tasks = self.executions[execution].tasks.values()
         return [(execution, t.id, t.epoch) for t in tasks if t.status == "pending" and t.due is not None]
 
+    def may_be_joined(self, execution: str, task_id: str) -> bool:
+        """Whether the message of a task waits for a worker, so that another one's may be left out."""
+        x = self.executions[execution]
+        task = x.tasks[task_id]
+        waits = task.status == "pending" and task.attempt == 0 and task.due is not None and task.due < inf
+        return waits and task.led_by is None and task.hints == 1 and x.undecided and not x.paused
+
     def submit(
         self, execution: str, graph: dict[str, str], *, parallel: bool, timeout: float | None, queue: float | None
     ) -> list[Hint]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import zip_longest
@@ -34,7 +34,7 @@ DICE = st.integers(0, 2**32 - 1).map(Random)
 #: what has to happen often
 DONE = (
     "claimed", "claimed again", "refused", "done", "done again", "stale", "gone on", "gone on elsewhere", "led from elsewhere",
-    "left open", "closed later",
+    "left open", "closed later", "joined", "told who joined",
 )  # fmt: skip
 
 EXECUTIONS = "SELECT execution_id, status, verdict, paused FROM pipeline.workflow_executions ORDER BY 1"
@@ -74,6 +74,8 @@ class Model(RuleBasedStateMachine):
         self.held: list[Fence] = []
         self.past: list[Fence] = []
         self.payloads: dict[Fence, int] = {}
+        #: by the execution and the task whose message it is
+        self.joined: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
         self.steps = steps
         #: whether the last look at all rows found what was expected
         self.agreed = False
@@ -92,14 +94,16 @@ class Model(RuleBasedStateMachine):
         self.submit([0, 0, 1, 2], parallel=False)
         self.submit([0, 1, 3], parallel=True, together=4)
         self.submit([0], parallel=True, together=24)
+        self.submit([0, 1], parallel=True, joining=9)
         self.submit_any(dice)
 
     def submit_any(self, dice: Random) -> None:
         masks = [dice.randrange(128) & dice.randrange(128) for _ in range(dice.randint(1, 8))]
-        together = dice.choice([1, 1, 1, 3])
+        together, joining = dice.choice([(1, 0), (1, 0), (3, 0), (1, 3)])
         self.submit(
-            [mask | 1 for mask in masks] if together > 1 else masks, parallel=dice.random() < 0.6,
+            [mask | 1 for mask in masks] if together + joining > 1 else masks, parallel=dice.random() < 0.6,
             timeout=dice.choice([None, None, 500.0]), queue_timeout=dice.choice([None, None, 500.0]), together=together,
+            joining=joining,
         )  # fmt: skip
 
     @rule(event=st.sampled_from(EVENTS), dice=DICE)
@@ -114,6 +118,7 @@ class Model(RuleBasedStateMachine):
         worker = self.store.start_worker(name="driver", pid=1, lease=LEASE, handlers=[HANDLER] if able else [])
         if able:
             self.able.add(worker)
+            self.store.renew_worker(worker, LEASE, quick=[HANDLER])
         self.oracle.leases[worker] = self.oracle.now + LEASE
         return worker
 
@@ -121,30 +126,47 @@ class Model(RuleBasedStateMachine):
 
     def submit(
         self, masks: list[int], *, parallel: bool, timeout: float | None = None, queue_timeout: float | None = None,
-        together: int = 1,
+        together: int = 1, joining: int = 0,
     ) -> None:  # fmt: skip
-        """Each task needs those before it whose bits are set in its mask. So many executions by one statement."""
+        """Each task needs those before it whose bits are set in its mask.
+
+        So many executions by one statement, and so many more one by one, as by a program that has just enqueued others.
+        """
         graph = {f"t{n}": " ".join(f"t{m}" for m in range(n) if mask >> m & 1) for n, mask in enumerate(masks)}
         definition = self.drive.define(graph, enable_parallel=parallel, timeout=timeout, queue_timeout=queue_timeout)
         number = len(self.oracle.executions)
-        executions = [f"exec-{number + n}" for n in range(together)]
+        executions = [f"exec-{number + n}" for n in range(together + joining)]
         with patch.multiple(compiler, WIDE=2 + number % 2, SLOTS=2):  # small headers in slots too
             definition_id = self.drive.dispatcher.register(definition)
-        work = [NewExecution(execution_id=execution, input_data={}, input_digest="") for execution in executions]
-        self.store.create_executions(
-            work, definition_id=definition_id, user_id=None, variables={}, timeout=timeout, queue_timeout=queue_timeout
-        )
-        for execution in executions:
-            expected = self.oracle.submit(execution, graph, parallel=parallel, timeout=timeout, queue=queue_timeout)
-            ready = self.drive.ready_tasks(execution)
-            agree("submit", hints(ready), expected)
-            self.publish(ready)
-            self.steps["led from elsewhere"] += sum(task.led_in is not None for task in ready)
+        leader = None
+        for several in [executions[:together], *([execution] for execution in executions[together:])]:
+            work = [NewExecution(execution_id=execution, input_data={}, input_digest="") for execution in several]
+            created = self.store.create_executions(
+                work, definition_id=definition_id, user_id=None, variables={}, timeout=timeout, queue_timeout=queue_timeout,
+                leader=leader,
+            )  # fmt: skip
+            for one in created:
+                expected = self.oracle.submit(
+                    one.execution_id, graph, parallel=parallel, timeout=timeout, queue=queue_timeout
+                )
+                ready = self.drive.ready_tasks(one.execution_id)
+                agree("submit", hints(ready), expected)
+                self.publish(ready, sent=one.ready != ())
+                self.steps["led from elsewhere"] += sum(task.led_in is not None for task in ready)
+            leader = created[-1].execution_id if created[-1].ready else leader
 
-    def publish(self, ready: Sequence[ReadyTask]) -> None:
-        """One message for each, whoever shares one: a message that names another task too does no more than two."""
-        self.bag += hints(ready)
+    def publish(self, ready: Sequence[ReadyTask], *, sent: bool = True) -> None:
+        """One message for each, whoever shares one: a message that names another task too does no more than two.
+
+        One that was not sent has joined another, which does not name it.
+        """
+        if sent:
+            self.bag += hints(ready)
         for task in ready:
+            if not sent:
+                agree("joins", (task.led_by, self.oracle.may_be_joined(task.led_in or "", task.task_id)), (task.task_id, True))
+                self.joined[task.led_in or "", task.task_id].append(task.execution_id)
+                self.steps["joined"] += 1
             recorded = self.oracle.executions[task.execution_id].tasks[task.task_id]
             recorded.led_by, recorded.led_in = task.led_by, task.led_in
 
@@ -155,8 +177,17 @@ class Model(RuleBasedStateMachine):
         claim = self.store.claim(execution_id=execution, task_id=task, epoch=epoch, worker_id=worker, handler=handler)
         agree(f"claim of {hint}", claim and (claim.epoch, claim.attempt, claim.retries), expected)
         self.steps["claimed" if claim else "refused"] += 1
+        self.hear_of(execution, task, claim)
         if claim is not None:
             self.hold(Fence(execution_id=execution, task_id=task, epoch=claim.epoch, worker_id=worker))
+
+    def hear_of(self, execution: str, task_id: str, claim: Claim | None) -> None:
+        """The reader of a message hears who joined it: with the first attempt, or where there is none."""
+        leads = self.store.leads_of(execution, task_id) if claim is None else claim.leads or []
+        first = self.oracle.executions[execution].tasks[task_id].attempt == (claim is not None)
+        agree("who joined", leads, self.joined[execution, task_id] if first else [])
+        self.bag += [(joined, task_id, 0) for joined in leads]
+        self.steps["told who joined"] += len(leads)
 
     def hold(self, fence: Fence) -> None:
         if fence in self.past:
@@ -220,6 +251,7 @@ class Model(RuleBasedStateMachine):
         claim = self.oracle.claim(*hint, fence.worker_id, HANDLER)
         agree(f"claim of {hint} after {fence}", (found.epoch, found.attempt, found.retries), claim)
         self.steps["gone on"] += 1
+        self.hear_of(found.execution_id, found.task_id, found)
         self.hold(replace(fence, execution_id=found.execution_id, task_id=found.task_id, epoch=found.epoch))
 
     def some_follow(self, fence: Fence, dice: Random) -> Follow:

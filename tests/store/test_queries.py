@@ -188,7 +188,10 @@ def test_claims_and_ends_find_their_task_by_its_key_alone_also_by_plans_made_whi
         )
         return int(number)
 
+    drive.store.renew_worker(drive.worker, 3600, quick=["debug.noop"])
+    definition = drive.define({"a": ""})
     before = scans()
+    assert [bool(drive.dispatcher.create(definition, {}).ready) for _ in range(8)] == [True] + [False] * 7, "they join"
     execution = drive.start({f"t{n}": "" for n in range(30)})
     for n in range(25, 30):
         drive.complete(execution, f"t{n}")

@@ -125,6 +125,12 @@ def test_what_is_kept_and_may_not_be_on_disk_is_given_away_rather_than_claimed_b
     assert away.tasks == [("x", {"b": 0, "c": 0})]
 
 
+def test_those_that_joined_a_message_run_after_those_that_it_names() -> None:
+    running = turn(Away(), ("x", "a"), ("y", "a"))
+    running.lead(["v", "w"])
+    assert order(running) == [("y", "a"), ("v", "a"), ("w", "a")]
+
+
 def test_executions_left_open_are_brought_with_each_call_until_one_has_ended_them() -> None:
     away = Away()
     running = turn(away, ("x", "a"), ("y", "a"), ("z", "a"))

@@ -10,10 +10,36 @@ DROP FUNCTION pipeline.create_execution(
     text, bigint, text, text, jsonb, text, jsonb, interval, interval, interval, pipeline.ready_task);
 DROP FUNCTION pipeline.complete_task(
     text, text, int, bigint, jsonb, interval, double precision, text, text, int, text, interval, boolean, boolean);
+DROP FUNCTION pipeline.create_executions(bigint, text, jsonb, jsonb, interval, interval, interval);
 
-CREATE OR REPLACE FUNCTION pipeline.create_executions(
+ALTER TABLE pipeline.task_executions ADD COLUMN leads text[];
+ALTER TYPE pipeline.claimed_task ADD ATTRIBUTE leads text[];
+
+CREATE OR REPLACE FUNCTION pipeline.clock() RETURNS timestamptz LANGUAGE plpgsql STABLE AS $$
+BEGIN
+    RETURN coalesce(nullif(current_setting('pipeline.fake_now', true), '')::timestamptz, clock_timestamp());
+END $$;
+
+CREATE FUNCTION pipeline.join_message(p_leader text, p_definition bigint, p_entry text[], p_execution text) RETURNS boolean
+LANGUAGE plpgsql AS $$
+BEGIN
+    IF p_leader IS NULL OR cardinality(p_entry) <> 1 OR NOT pg_try_advisory_xact_lock_shared(pipeline.lock_key(p_leader)) THEN
+        RETURN false;
+    END IF;
+    UPDATE pipeline.task_executions t SET leads = t.leads || p_execution
+      FROM pipeline.workflow_executions e
+     WHERE t.execution_id = p_leader AND t.task_id = p_entry[1] AND t.status = 'pending' AND t.attempt = 0 AND t.hints = 1
+       AND coalesce(t.due_at, 'infinity') < 'infinity'  -- by the key, and not by the index of what is due
+       AND t.led_by IS NULL AND t.ready_at > pipeline.clock() - interval '1 s'
+       AND coalesce(cardinality(t.leads), 0) < 7
+       AND e.execution_id = p_leader AND e.definition_id = p_definition AND NOT e.paused AND e.verdict IS NULL
+       AND (SELECT t.handler = ANY (f.quick) AND t.handler <> ALL (f.slow) FROM pipeline.fleet() f);
+    RETURN FOUND;
+END $$;
+
+CREATE FUNCTION pipeline.create_executions(
     p_definition bigint, p_user text, p_work jsonb, p_variables jsonb, p_deadline interval, p_queue_timeout interval,
-    p_grace interval
+    p_grace interval, p_leader text
 ) RETURNS TABLE (number int, created boolean, execution_id text, same_work boolean, ready pipeline.ready_task[])
 LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan AS $$
 DECLARE
@@ -61,6 +87,9 @@ BEGIN
         made := made || given.execution_id;
         numbers := numbers || given.ordinality::int;
     END LOOP;
+    IF cardinality(made) = 1 AND pipeline.join_message(p_leader, p_definition, entry, made[1]) THEN
+        leaders[1] := p_leader;
+    END IF;
     RETURN QUERY
         WITH first AS MATERIALIZED (SELECT * FROM pipeline.share(p_definition, entry, p_grace > '0')),
         ready_ AS MATERIALIZED (
@@ -74,7 +103,7 @@ BEGIN
               FROM ready_ r)
         SELECT r.number, true, r.execution_id, true,
                array_agg((r.execution_id, r.task_id, 0, r.handler, r.timeout, r.led_by, r.led_in)::pipeline.ready_task
-                         ORDER BY r.place)
+                         ORDER BY r.place) FILTER (WHERE r.led_in = p_leader IS NOT TRUE)
           FROM ready_ r GROUP BY r.number, r.execution_id;
     INSERT INTO pipeline.task_executions (execution_id, task_id, handler)
         SELECT m.execution_id, t.task_id, t.handler FROM unnest(made) m (execution_id), pipeline.workflow_tasks t
@@ -114,8 +143,25 @@ BEGIN
                               THEN jsonb_object_agg(r.task_id, r.result) END
                     FROM pipeline.task_executions r
                    WHERE r.execution_id = p_execution AND r.task_id = ANY (w.dependencies)) END,
-              w.timeout, w.dependencies, w.retry_policy INTO started;
+              w.timeout, w.dependencies, w.retry_policy, CASE WHEN t.attempt = 1 THEN t.leads END INTO started;
     RETURN started;
+END $$;
+
+CREATE OR REPLACE FUNCTION pipeline.taken_before(
+    p_execution text, p_task text, p_epoch int, p_worker bigint, p_handler text, p_room double precision
+) RETURNS pipeline.claimed_task LANGUAGE plpgsql STABLE AS $$
+DECLARE
+    taken pipeline.claimed_task;
+BEGIN
+    SELECT t.execution_id, t.task_id, t.handler, t.epoch, t.attempt, t.retries, coalesce(t.params::json, w.params),
+           NULL::jsonb, w.timeout, w.dependencies, w.retry_policy, CASE WHEN t.attempt = 1 THEN t.leads END INTO taken
+      FROM pipeline.task_executions t
+      JOIN pipeline.workflow_executions e USING (execution_id)
+      JOIN pipeline.workflow_tasks w ON w.definition_id = e.definition_id AND w.task_id = t.task_id
+     WHERE t.execution_id = p_execution AND t.task_id = p_task AND t.epoch = p_epoch + 1
+       AND t.handler = p_handler AND t.status = 'running' AND t.worker_id = p_worker
+       AND w.timeout <= p_room AND e.verdict IS NULL AND NOT e.paused;
+    RETURN taken;
 END $$;
 
 CREATE FUNCTION pipeline.complete_task(
@@ -153,7 +199,7 @@ BEGIN
         END IF;
         IF outcome = 'done' AND p_room > 0 THEN
             SELECT t.execution_id, t.task_id, t.handler, t.epoch, t.attempt, t.retries, coalesce(t.params::json, w.params),
-                   NULL, w.timeout, w.dependencies, w.retry_policy INTO next
+                   NULL, w.timeout, w.dependencies, w.retry_policy, CASE WHEN t.attempt = 1 THEN t.leads END INTO next
               FROM pipeline.task_executions t
               JOIN pipeline.workflow_tasks w ON w.definition_id = x.definition_id AND w.task_id = t.task_id
              WHERE t.execution_id = p_execution AND t.status = 'running' AND t.worker_id = p_worker AND w.timeout <= p_room
