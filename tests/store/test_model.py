@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from math import inf
 from random import Random
@@ -27,7 +27,7 @@ LIMIT = 10_000
 OUTCOMES = ("skipped", "retry", "lost", "failed", "cancelled", "released")
 STEERING = ("cancel", "cancel", "pause", "pause", "resume", "resume", *("reopen", "rerun", "mark") * 3)
 #: by weight
-EVENTS = ("work",) * 8 + ("haunt",) * 3 + ("forge", "pass_time", "recover", "steer", "steer") * 2
+EVENTS = ("work",) * 8 + ("haunt", "enqueue") * 3 + ("forge", "pass_time", "recover", "steer", "steer") * 2
 #: dice that fall evenly, which hypothesis's own do not; what it shrinks is the number of events
 DICE = st.integers(0, 2**32 - 1).map(Random)
 
@@ -64,6 +64,18 @@ def hints(ready: Sequence[ReadyTask]) -> list[Hint]:
     return [(task.execution_id, task.task_id, task.epoch) for task in ready]
 
 
+@dataclass(kw_only=True)
+class Known:
+    """A workflow that was enqueued, and its last execution that had a message of its own."""
+
+    key: int
+    graph: dict[str, str]
+    parallel: bool
+    timeout: float | None
+    queue_timeout: float | None
+    leader: str | None = None
+
+
 class Model(RuleBasedStateMachine):
     """A broker that loses, doubles and reorders, workers that die and come back as zombies, and people."""
 
@@ -74,6 +86,7 @@ class Model(RuleBasedStateMachine):
         self.held: list[Fence] = []
         self.past: list[Fence] = []
         self.payloads: dict[Fence, int] = {}
+        self.known: list[Known] = []
         #: by the execution and the task whose message it is
         self.joined: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
         self.steps = steps
@@ -134,26 +147,35 @@ class Model(RuleBasedStateMachine):
         """
         graph = {f"t{n}": " ".join(f"t{m}" for m in range(n) if mask >> m & 1) for n, mask in enumerate(masks)}
         definition = self.drive.define(graph, enable_parallel=parallel, timeout=timeout, queue_timeout=queue_timeout)
+        with patch.multiple(compiler, WIDE=2 + len(self.oracle.executions) % 2, SLOTS=2):  # small headers in slots too
+            key = self.drive.dispatcher.register(definition)
+        known = Known(key=key, graph=graph, parallel=parallel, timeout=timeout, queue_timeout=queue_timeout)
+        self.known.append(known)
+        self.record(known, together, None)
+        for _ in range(joining):
+            self.record(known, 1, known.leader)
+
+    def enqueue(self, dice: Random) -> None:
+        """Another execution of a known workflow, by who takes one of the earlier ones for still waiting."""
+        known = dice.choice(self.known)
+        self.record(known, 1, dice.choice([known.leader, known.leader, dice.choice(list(self.oracle.executions))]))
+
+    def record(self, known: Known, count: int, leader: str | None) -> None:
         number = len(self.oracle.executions)
-        executions = [f"exec-{number + n}" for n in range(together + joining)]
-        with patch.multiple(compiler, WIDE=2 + number % 2, SLOTS=2):  # small headers in slots too
-            definition_id = self.drive.dispatcher.register(definition)
-        leader = None
-        for several in [executions[:together], *([execution] for execution in executions[together:])]:
-            work = [NewExecution(execution_id=execution, input_data={}, input_digest="") for execution in several]
-            created = self.store.create_executions(
-                work, definition_id=definition_id, user_id=None, variables={}, timeout=timeout, queue_timeout=queue_timeout,
-                leader=leader,
-            )  # fmt: skip
-            for one in created:
-                expected = self.oracle.submit(
-                    one.execution_id, graph, parallel=parallel, timeout=timeout, queue=queue_timeout
-                )
-                ready = self.drive.ready_tasks(one.execution_id)
-                agree("submit", hints(ready), expected)
-                self.publish(ready, sent=one.ready != ())
-                self.steps["led from elsewhere"] += sum(task.led_in is not None for task in ready)
-            leader = created[-1].execution_id if created[-1].ready else leader
+        work = [NewExecution(execution_id=f"exec-{number + n}", input_data={}, input_digest="") for n in range(count)]
+        created = self.store.create_executions(
+            work, definition_id=known.key, user_id=None, variables={}, timeout=known.timeout,
+            queue_timeout=known.queue_timeout, leader=leader,
+        )  # fmt: skip
+        for one in created:
+            expected = self.oracle.submit(
+                one.execution_id, known.graph, parallel=known.parallel, timeout=known.timeout, queue=known.queue_timeout
+            )
+            ready = self.drive.ready_tasks(one.execution_id)
+            agree("submit", hints(ready), expected)
+            self.publish(ready, sent=one.ready != ())
+            self.steps["led from elsewhere"] += sum(task.led_in is not None for task in ready)
+            known.leader = one.execution_id if one.ready else known.leader
 
     def publish(self, ready: Sequence[ReadyTask], *, sent: bool = True) -> None:
         """One message for each, whoever shares one: a message that names another task too does no more than two.
