@@ -61,7 +61,7 @@ class Campaign:
         self, work: Sequence[tuple[WorkflowDefinition, Mapping[str, Any]]], faults: Sequence[Fault],
         *, meanwhile: Callable[[float, int], Sequence[Fault]] = lambda seconds, ended: (),
     ) -> Round:  # fmt: skip
-        """Run workflows, those of one definition together, with faults; `meanwhile` is asked all the time for more, given the seconds and ended tasks."""
+        """Run workflows, those of one definition after each other, with faults; `meanwhile` is asked all the time for more, given the seconds and ended tasks."""
         self._number += 1
         offset, plan = self.ledger.size(), self.arena.settings.fault_plan
         assert plan is not None
@@ -121,10 +121,10 @@ class Campaign:
         )  # fmt: skip
 
     def _enqueue(self, work: Sequence[tuple[WorkflowDefinition, Mapping[str, Any]]]) -> list[str]:
-        (definition, data), engine = work[0], self.arena.engine
-        if len(work) == 1:
-            return [engine.execute_workflow(definition, data)]
-        return engine.execute_many(definition, [data for _, data in work])
+        """Half of them with one call, and then one by one."""
+        definition, engine, half = work[0][0], self.arena.engine, len(work) // 2
+        together = engine.execute_many(definition, [data for _, data in work[:half]]) if half else []
+        return [*together, *(engine.execute_workflow(definition, data) for _, data in work[half:])]
 
     def _progress(self, ids: list[str]) -> tuple[int, int]:
         found = self.arena.query(

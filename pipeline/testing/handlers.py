@@ -19,6 +19,12 @@ def effect(ledger: str, seconds: float = 0.0, *, context: Context) -> dict[str, 
     return {"pid": os.getpid()}
 
 
+@handler("testing.note")
+def note(ledger: str, *, context: Context) -> dict[str, int]:
+    """The same as quick as can be, so that executions join each other's messages."""
+    return effect(ledger, context=context)
+
+
 @handler("testing.again")
 def again(times: int = 1, *, context: Context) -> int:
     """Ask to be run again soon, in the first `times` attempts."""

@@ -12,10 +12,12 @@ _RETRIES = {"max_retries": 5, "backoff": "fixed", "max_delay": 0.2}
 
 
 def random_work(rng: random.Random, ledger: Path, count: int) -> list[WorkflowDefinition]:
-    """One for each of so many executions: half of them differ, the others are of one that begins with one task."""
-    together = count // 2
+    """One for each of so many executions: a quarter of them differ, the others are of one that begins with one quick task."""
+    alike = count * 3 // 4
     same = random_workflow(rng, ledger, entries=1)
-    return [*(random_workflow(rng, ledger) for _ in range(count - together)), *[same] * together]
+    first = same.tasks[0].model_copy(update={"handler": "testing.note", "params": {"ledger": str(ledger)}})
+    same = same.model_copy(update={"tasks": (first, *same.tasks[1:])})
+    return [*(random_workflow(rng, ledger) for _ in range(count - alike)), *[same] * alike]
 
 
 def random_workflow(rng: random.Random, ledger: Path, *, entries: int = 30) -> WorkflowDefinition:
