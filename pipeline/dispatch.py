@@ -57,8 +57,8 @@ class Dispatcher:
 
     def __init__(self, store: ResultStore, celery: Celery, *, hard_limit: float) -> None:
         self.store, self.celery, self.hard_limit = store, celery, hard_limit
-        #: the last execution of ours that has a message of its own, and its definition
-        self._leader: tuple[int, str] | None = None
+        #: the last execution of ours that got a message of its own; empty: there was none
+        self._leader = ""
 
     def register(self, definition: WorkflowDefinition, *, store: ResultStore | None = None) -> int:
         """Record a valid definition and what it compiles to; returns its key.
@@ -92,7 +92,7 @@ class Dispatcher:
         create = partial(
             store.create_executions, definition_id=definition_id, user_id=user_id, variables=definition.variables,
             timeout=definition.timeout, queue_timeout=definition.queue_timeout,
-            leader=self._leader[1] if store is self.store and self._leader and self._leader[0] == definition_id else None,
+            leader=self._leader if store is self.store else None,
         )  # fmt: skip
         while not (made := create([new(execution_id=_fresh_id())])):  # another execution of this day has the id
             continue
@@ -100,7 +100,7 @@ class Dispatcher:
         if not created.same_work:
             raise IdempotencyConflict(idempotency_key or "", created.execution_id)
         if store is self.store and created.ready:
-            self._leader = (definition_id, created.execution_id)
+            self._leader = created.execution_id
         return created
 
     def create_many(

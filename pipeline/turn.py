@@ -107,7 +107,7 @@ class Turn:
     def go_on(self, ended: Ended) -> tuple[ReadyTask, ...]:
         """Take what was claimed, and what shares its message or is to be kept; returns what is left to be published."""
         self._claim, self._began = ended.next, time.monotonic()
-        if ended.durable:
+        if ended.durable and ended.outcome == "done":  # what is stale wrote nothing, and waited for nothing
             self._unsure.clear()
         if ended.closing is not None:
             self._ended = self._ended if self._closing else self._began
@@ -211,6 +211,7 @@ class Turns:
                 return answer
             finally:
                 self._local.turn = None
+                turn.give_away()
 
         return run
 

@@ -25,7 +25,8 @@ class Executions(Door):
     ) -> list[rows.Created]:  # fmt: skip
         """Record executions of a definition with all their tasks, or find those that their idempotency keys belong to.
 
-        Left out, and not recorded: those whose id is another execution's.
+        Left out, and not recorded: those whose id is another execution's. With `leader`, the execution that this program
+        enqueued last, or "", a single one joins its message where that waits, and nothing is `ready` then.
         """
         return self._all(
             "create_executions", rows.Created, work=jsonb([vars(new) for new in work]), definition_id=definition_id,

@@ -128,6 +128,7 @@ CREATE TABLE pipeline.closings (
     execution_id  text COLLATE "C" PRIMARY KEY,
     due_at        timestamptz NOT NULL
 ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500, autovacuum_vacuum_cost_delay = 0);
+CREATE INDEX closings_due ON pipeline.closings (due_at);
 
 CREATE TABLE pipeline.workflow_states (
     execution_id  text COLLATE "C" PRIMARY KEY,
@@ -161,7 +162,7 @@ CREATE TABLE pipeline.task_executions (
     error_traceback   text,
     led_by            text COLLATE "C",             -- whose message it shares; NULL: it has, or needs, one of its own
     led_in            text COLLATE "C",             -- of which execution, where that is another; without led_by it says nothing
-    leads             text[],                       -- executions whose first tasks share its message and are not named there
+    leads             text[],                       -- executions that joined its message, which does not name them; NULL: none may
     PRIMARY KEY (execution_id, task_id),
     CONSTRAINT task_executions_fits CHECK (pipeline.fits_task(status, finished_at, worker_id, deadline_at, due_at, led_by))
 ) PARTITION BY RANGE (execution_id);
@@ -309,24 +310,35 @@ BEGIN
                     WINDOW alike AS (PARTITION BY w.handler, w.timeout ORDER BY w.number)) d) m ORDER BY m.number;
 END $$;
 
--- Have the first task of a new execution share the message of another one of its workflow, which waits for a worker and does
--- not name it: whoever claims that task is told of this one. False where the other was claimed already, or by the rules of
--- `share`, and where the caller would have to wait. What waits for more than a second may wait for recovery, and what is
--- recorded by somebody else's transaction might keep workers waiting.
-CREATE FUNCTION pipeline.join_message(p_leader text, p_definition bigint, p_entry text[], p_execution text) RETURNS boolean
+-- Whether others may join the message that a task of this handler is about to get: by the rules of `share`, and where it will
+-- wait in the broker, behind two for each process. What a busy worker has fetched may wait for long while another one idles.
+CREATE FUNCTION pipeline.may_be_joined(p_handler text) RETURNS boolean LANGUAGE plpgsql STABLE AS $$
+DECLARE
+    known record;
+BEGIN
+    SELECT f.* INTO known FROM pipeline.fleet() f;
+    RETURN p_handler = ANY (known.quick) AND p_handler <> ALL (known.slow) AND known.processes * 2 <= (
+        SELECT count(*) FROM (
+            SELECT 1 FROM pipeline.task_executions w
+             WHERE w.status IN ('pending', 'retry') AND w.due_at IS NOT NULL AND w.led_by IS NULL AND w.hints > 0
+             LIMIT known.processes * 2) waiting);
+END $$;
+
+-- Have the first task of a new execution share the message of another one of its workflow, which does not name it: whoever
+-- claims that task is told of this one. False where the other was claimed already, and where the caller would have to wait.
+-- What waits for more than a second may wait for recovery.
+CREATE FUNCTION pipeline.join_message(p_leader text, p_definition bigint, p_task text, p_execution text) RETURNS boolean
 LANGUAGE plpgsql AS $$
 BEGIN
-    IF p_leader IS NULL OR cardinality(p_entry) <> 1 OR NOT pg_try_advisory_xact_lock_shared(pipeline.lock_key(p_leader)) THEN
+    IF NOT pg_try_advisory_xact_lock_shared(pipeline.lock_key(p_leader)) THEN
         RETURN false;
     END IF;
     UPDATE pipeline.task_executions t SET leads = t.leads || p_execution
       FROM pipeline.workflow_executions e
-     WHERE t.execution_id = p_leader AND t.task_id = p_entry[1] AND t.status = 'pending' AND t.attempt = 0 AND t.hints = 1
+     WHERE t.execution_id = p_leader AND t.task_id = p_task AND t.status = 'pending' AND t.attempt = 0 AND t.hints = 1
        AND coalesce(t.due_at, 'infinity') < 'infinity'  -- by the key, and not by the index of what is due
-       AND t.led_by IS NULL AND t.ready_at > pipeline.clock() - interval '1 s'
-       AND coalesce(cardinality(t.leads), 0) < 7
-       AND e.execution_id = p_leader AND e.definition_id = p_definition AND NOT e.paused AND e.verdict IS NULL
-       AND (SELECT t.handler = ANY (f.quick) AND t.handler <> ALL (f.slow) FROM pipeline.fleet() f);
+       AND t.ready_at > pipeline.clock() - interval '1 s' AND cardinality(t.leads) < 7
+       AND e.execution_id = p_leader AND e.definition_id = p_definition AND NOT e.paused AND e.verdict IS NULL;
     RETURN FOUND;
 END $$;
 
@@ -334,7 +346,8 @@ END $$;
 -- the place in p_work, a list of execution_id, idempotency_key, input_data and input_digest. One transaction with whatever the
 -- caller's connection has open. `created` is false where the idempotency key was used before; no row where the id belongs to
 -- another execution. Where each begins with one task, several of these share a message, by the rules of `share`.
--- With p_leader, an execution that the caller enqueued a moment ago, a single one joins its message; `ready` is empty then.
+-- With p_leader, the execution that the caller enqueued last, or an empty one, a single one joins its message where it can, and
+-- `ready` is empty; where it cannot, others may join its own. Without, the caller's transaction might keep workers waiting.
 -- Plans are kept whatever the caller's session says: two of the statements would else be planned with each call.
 CREATE FUNCTION pipeline.create_executions(
     p_definition bigint, p_user text, p_work jsonb, p_variables jsonb, p_deadline interval, p_queue_timeout interval,
@@ -350,6 +363,7 @@ DECLARE
     made text[] := '{}';
     numbers int[] := '{}';
     leaders text[] := '{}';
+    leads_ text[];
 BEGIN
     SELECT d.workflow_id INTO STRICT workflow FROM pipeline.workflow_definitions d WHERE d.definition_id = p_definition;
     entry := ARRAY(SELECT t.task_id FROM pipeline.workflow_tasks t
@@ -386,8 +400,13 @@ BEGIN
         made := made || given.execution_id;
         numbers := numbers || given.ordinality::int;
     END LOOP;
-    IF cardinality(made) = 1 AND pipeline.join_message(p_leader, p_definition, entry, made[1]) THEN
-        leaders[1] := p_leader;
+    IF p_leader IS NOT NULL AND cardinality(made) = 1 AND cardinality(entry) = 1 THEN
+        IF pipeline.join_message(p_leader, p_definition, entry[1], made[1]) THEN
+            leaders[1] := p_leader;
+        ELSE
+            SELECT CASE WHEN pipeline.may_be_joined(t.handler) THEN '{}'::text[] END INTO leads_
+              FROM pipeline.workflow_tasks t WHERE t.definition_id = p_definition AND t.task_id = entry[1];
+        END IF;
     END IF;
     RETURN QUERY
         WITH first AS MATERIALIZED (SELECT * FROM pipeline.share(p_definition, entry, p_grace > '0')),
@@ -397,8 +416,9 @@ BEGIN
                    nullif(m.leader, m.execution_id) AS led_in
               FROM unnest(made, numbers, leaders) m (execution_id, number, leader), first f),
         started AS (
-            INSERT INTO pipeline.task_executions (execution_id, task_id, handler, ready_at, due_at, hints, led_by, led_in)
-            SELECT r.execution_id, r.task_id, r.handler, now_, now_ + p_grace, (p_grace > '0')::int, r.led_by, r.led_in
+            INSERT INTO pipeline.task_executions (
+                execution_id, task_id, handler, ready_at, due_at, hints, led_by, led_in, leads)
+            SELECT r.execution_id, r.task_id, r.handler, now_, now_ + p_grace, (p_grace > '0')::int, r.led_by, r.led_in, leads_
               FROM ready_ r)
         SELECT r.number, true, r.execution_id, true,
                array_agg((r.execution_id, r.task_id, 0, r.handler, r.timeout, r.led_by, r.led_in)::pipeline.ready_task
@@ -644,7 +664,8 @@ BEGIN
     PERFORM set_config('synchronous_commit', 'off', true);
     IF ended THEN
         closing := p_closing || p_execution;
-        INSERT INTO pipeline.closings VALUES (p_execution, pipeline.clock() + p_grace / 4) ON CONFLICT DO NOTHING;
+        INSERT INTO pipeline.closings VALUES (p_execution, pipeline.clock() + p_grace / 4)
+            ON CONFLICT (execution_id) DO UPDATE SET due_at = excluded.due_at;  -- of an earlier run; nobody may delete it now
     END IF;
 END $$;
 
@@ -745,8 +766,21 @@ BEGIN
     END IF;
 END $$;
 
--- End those of which every task has succeeded; returns how many it was. What somebody else changes or closes at this moment is
--- left to recovery.
+-- End an execution that was left open although every task of it succeeded: whoever steers it comes too late. True where it was.
+-- The caller holds its lock.
+CREATE FUNCTION pipeline.close_if_over(p_execution text) RETURNS boolean LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM 1 FROM pipeline.workflow_executions e
+       JOIN pipeline.join_counters c ON c.execution_id = e.execution_id AND c.number = 0 AND c.slot = 0
+      WHERE e.execution_id = p_execution AND e.finished_at IS NULL AND e.verdict IS NULL AND c.remaining = 0;
+    IF FOUND THEN
+        PERFORM pipeline.close_execution(p_execution, 'success');
+        RETURN true;
+    END IF;
+    RETURN false;
+END $$;
+
+-- End those that were left open; returns how many it was. Who has one locked ends it, or changes its mind: then recovery does.
 CREATE FUNCTION pipeline.close_executions(p_executions text[]) RETURNS int LANGUAGE plpgsql AS $$
 DECLARE
     over text;
@@ -755,13 +789,8 @@ BEGIN
     FOR over IN SELECT c.execution_id FROM pipeline.closings c WHERE c.execution_id = ANY (p_executions)
                  ORDER BY c.execution_id FOR UPDATE SKIP LOCKED LOOP
         CONTINUE WHEN NOT pg_try_advisory_xact_lock_shared(pipeline.lock_key(over));
-        IF EXISTS (SELECT 1 FROM pipeline.workflow_executions e
-                     JOIN pipeline.join_counters c ON c.execution_id = over AND c.number = 0 AND c.slot = 0
-                    WHERE e.execution_id = over AND e.verdict IS NULL AND c.remaining = 0) THEN
-            PERFORM pipeline.close_execution(over, 'success');
-        END IF;
+        closed := closed + pipeline.close_if_over(over)::int;
         DELETE FROM pipeline.closings c WHERE c.execution_id = over;
-        closed := closed + 1;
     END LOOP;
     RETURN closed;
 END $$;
@@ -983,7 +1012,7 @@ DECLARE
     x record;
 BEGIN
     PERFORM pg_advisory_xact_lock(pipeline.lock_key(p_execution));
-    PERFORM pipeline.close_executions(ARRAY[p_execution]);  -- too late, then
+    PERFORM pipeline.close_if_over(p_execution);
     SELECT e.status, e.verdict INTO x FROM pipeline.workflow_executions e WHERE e.execution_id = p_execution;
     IF x.status NOT IN ('pending', 'running', 'retry') OR x.verdict = 'cancelled' THEN
         RETURN x.status;
@@ -1000,6 +1029,7 @@ DECLARE
     found_ text;
 BEGIN
     PERFORM pg_advisory_xact_lock(pipeline.lock_key(p_execution));
+    PERFORM pipeline.close_if_over(p_execution);
     SELECT e.status INTO found_ FROM pipeline.workflow_executions e WHERE e.execution_id = p_execution;
     UPDATE pipeline.workflow_executions e SET paused = true
      WHERE e.execution_id = p_execution AND NOT e.paused AND e.verdict IS NULL
@@ -1038,6 +1068,7 @@ DECLARE
     reset text[];
 BEGIN
     PERFORM pg_advisory_xact_lock(pipeline.lock_key(p_execution));
+    PERFORM pipeline.close_if_over(p_execution);
     SELECT e.status, e.definition_id, (d.definition ->> 'timeout')::float8 AS timeout,
            d.definition ->> 'enable_parallel' IS NOT DISTINCT FROM 'false' AS sequential INTO x
       FROM pipeline.workflow_executions e JOIN pipeline.workflow_definitions d USING (definition_id)
@@ -1107,6 +1138,7 @@ DECLARE
     found_ text;
 BEGIN
     PERFORM pg_advisory_xact_lock(pipeline.lock_key(p_execution));
+    PERFORM pipeline.close_if_over(p_execution);
     SELECT e.status, e.verdict, e.definition_id,
            d.definition ->> 'enable_parallel' IS NOT DISTINCT FROM 'false' AS sequential INTO x
       FROM pipeline.workflow_executions e JOIN pipeline.workflow_definitions d USING (definition_id)
@@ -1159,7 +1191,7 @@ DECLARE
     reason text;
 BEGIN
     PERFORM pg_advisory_xact_lock(pipeline.lock_key(p_execution));
-    PERFORM pipeline.close_executions(ARRAY[p_execution]);
+    PERFORM pipeline.close_if_over(p_execution);
     SELECT CASE WHEN e.deadline_at <= pipeline.clock() THEN 'the execution ran longer than the timeout of its workflow'
                 ELSE format('task %s waited longer for a worker than the queue_timeout of its workflow', waiting.task_id)
            END INTO reason

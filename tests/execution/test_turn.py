@@ -77,18 +77,18 @@ def test_executions_enqueued_together_share_messages_and_each_runs_with_its_own_
     assert sum(received(site, execution_id) for execution_id in ids) <= 15
 
 
-def until_quick(site: Site, handler: str) -> None:
-    """Run a handler until its worker has told others that it is quick."""
+def is_quick(site: Site, handler: str) -> bool:
+    """Whether a worker has told others that a handler is quick."""
     link = site.engine.installation.store.link
     assert isinstance(link, Database)
+    with link.connection.cursor() as cursor:
+        cursor.execute("SELECT 1 FROM pipeline.workers WHERE %s = ANY (quick) AND expires_at > now()", [handler])
+        return cursor.fetchone() is not None
 
-    def known() -> bool:
-        site.run(workflow(task("t", handler)))
-        with link.connection.cursor() as cursor:
-            cursor.execute("SELECT 1 FROM pipeline.workers WHERE %s = ANY (quick) AND expires_at > now()", [handler])
-            return cursor.fetchone() is not None
 
-    site.until(known)
+def until_quick(site: Site, handler: str) -> None:
+    """Run a handler until it is known to be quick."""
+    site.until(lambda: site.run(workflow(task("t", handler))) and is_quick(site, handler))
 
 
 def test_executions_enqueued_one_by_one_while_workers_are_busy_share_messages_and_each_runs_with_its_own_input(
@@ -117,12 +117,35 @@ def test_execution_whose_message_others_joined_is_cancelled_and_the_others_run_w
         busy = site.engine.execute_workflow(waiting(tmp_path, 1))
         site.until_running(busy, "t0")
         definition = site.engine.register(workflow(task("t", "debug.echo")))
+        for _ in range(2):
+            site.engine.execute_workflow(definition)
         first, *others = (site.engine.execute_workflow(definition) for _ in range(3))
         site.engine.cancel(first)
         (tmp_path / "late").touch()
         assert {site.engine.wait(execution_id, 60).status for execution_id in others} == {ExecutionStatus.SUCCESS}
     assert site.engine.get_execution(first).status is ExecutionStatus.CANCELLED
     assert sum(received(site, execution_id) for execution_id in others) == 0
+
+
+def test_executions_that_joined_the_message_of_one_that_takes_long_are_run_by_another_worker_without_recovery(
+    sites: Callable[..., Site], tmp_path: Path
+) -> None:  # fmt: skip
+    site = sites(grace=600.0)
+    (tmp_path / "there").touch()
+    with site.worker(concurrency=1), site.worker(concurrency=1, name="other"):
+        quick = site.engine.register(workflow(task("t", "site.wait_for_file")))
+        there, late = ({"path": str(tmp_path / name)} for name in ("there", "late"))
+        site.until(lambda: site.engine.wait(site.engine.execute_workflow(quick, there), 60) and is_quick(site, "site.wait_for_file"))
+        busy = [site.engine.execute_workflow(workflow(task("t", "debug.sleep", params={"seconds": 1}))) for _ in range(2)]
+        site.until(lambda: all(site.task(one, "t").status is TaskStatus.RUNNING for one in busy))
+        fill = [site.engine.execute_workflow(quick, there) for _ in range(4)]
+        first, *joined = (site.engine.execute_workflow(quick, each) for each in (late, there, there, there))
+        # one of them may lie with the worker that is busy, as any message may
+        site.until(lambda: sum(site.task(one, "t").status is TaskStatus.SUCCESS for one in joined) >= 2)
+        assert site.task(first, "t").status is TaskStatus.RUNNING
+        (tmp_path / "late").touch()
+        ended = {site.engine.wait(one, 60).status for one in (*busy, *fill, first, *joined)}
+    assert ended == {ExecutionStatus.SUCCESS}
 
 
 def test_tasks_behind_one_of_another_execution_that_takes_long_are_run_by_another_worker(

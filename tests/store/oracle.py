@@ -250,8 +250,8 @@ class Oracle:
         One that has only to be closed is closed instead.
         """
         for x in self.executions.values():
-            if x.closing < inf and x.deadline <= self.now:
-                x.close("success")
+            if x.deadline <= self.now:
+                self._close_if_over(x)
         return {
             x.id for x, t in self.all()
             if x.undecided and (
@@ -292,14 +292,18 @@ class Oracle:
 
     # people
 
-    def cancel(self, x: Execution) -> None:
+    def _close_if_over(self, x: Execution) -> None:
         if x.closing < inf:
             x.close("success")
-        elif x.status in OPEN:
+
+    def cancel(self, x: Execution) -> None:
+        self._close_if_over(x)
+        if x.status in OPEN:
             x.verdict = "cancelled"  # outweighs a failure
             x.decide("cancelled", "cancelled")
 
     def pause(self, x: Execution) -> None:
+        self._close_if_over(x)
         x.paused = x.paused or x.undecided
 
     def resume(self, x: Execution) -> None:
@@ -309,6 +313,7 @@ class Oracle:
         x.paused = False
 
     def reopen(self, x: Execution, start: str | None = None) -> None:
+        self._close_if_over(x)
         if x.status not in ("failed", "cancelled") and not (x.status == "success" and start):
             return
         downstream = {start}
@@ -325,6 +330,7 @@ class Oracle:
 
     def mark(self, x: Execution, task_id: str, status: str, result: Any) -> tuple[str, bool, list[Hint]]:
         """The status found, whether something changed, and what that released."""
+        self._close_if_over(x)
         task = x.tasks[task_id]
         found = task.status
         if found == "success" or x.status == "success" or (x.verdict and found == "running"):

@@ -388,7 +388,7 @@ class Model(RuleBasedStateMachine):
         operation = dice.choice(STEERING)
         x = dice.choice(self.fitting(operation) if dice.random() < 0.8 else list(self.oracle.executions.values()))
         task_id, status = dice.choice(list(x.tasks)), dice.choice(["success", "skipped"])
-        found: Any = "success" if operation == "cancel" and x.closing < inf else x.status
+        found: Any = "success" if operation != "resume" and x.closing < inf else x.status
         match operation:
             case "mark":
                 marked = self.store.mark_task(
@@ -411,7 +411,7 @@ class Model(RuleBasedStateMachine):
         if operation in ("reopen", "rerun"):
             return [x for x in executions if x.status not in OPEN] or executions
         busy = {fence.execution_id for fence in self.held}
-        matters = {"cancel": lambda x: x.verdict == "failed" or x.closing < inf, "pause": lambda x: x.id in busy}.get(operation, bool)
+        matters = {"cancel": lambda x: x.verdict == "failed" or x.closing < inf, "pause": lambda x: x.id in busy or x.closing < inf}.get(operation, bool)
         return [x for x in opened if matters(x)] or opened or executions
 
     def some_outcome(self, dice: Random) -> str:

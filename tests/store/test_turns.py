@@ -13,6 +13,7 @@ import pytest
 from pipeline.dispatch import Message, _messages
 from pipeline.errors import IdempotencyConflict
 from pipeline.result_store.rows import NOTHING, Claim, Fence, Follow, ReadyTask
+from pipeline.states import ExecutionStatus
 from pipeline.turn import Step, Turn
 from tests.store.conftest import Driver
 
@@ -377,23 +378,43 @@ def test_recovery_ends_what_was_left_open_once_its_time_has_passed_and_not_befor
     assert (able.store.recovery_work().closing, statuses(able, left)) == (False, {"success"})
 
 
-def test_cancel_of_an_execution_that_was_left_open_comes_too_late(able: Driver) -> None:
+def test_pause_of_an_execution_that_was_left_open_comes_too_late(able: Driver) -> None:
     (one,), _ = leave_open(able)
-    able.store.cancel_execution(one, "ana")
-    assert (able.status(one), able.store.get_events(one)) == ("success", [])
+    assert able.store.pause_execution(one, None) is ExecutionStatus.SUCCESS
+    assert (able.store.get_execution(one).paused, able.store.get_events(one)) == (False, [])
 
 
-def test_expire_of_an_execution_that_was_left_open_ends_it_with_success(able: Driver) -> None:
+def test_rerun_of_an_execution_that_was_left_open_starts_it_again_and_no_earlier_end_ends_that_run(able: Driver) -> None:
+    (one,), _ = leave_open(able)
+    assert able.store.reopen_execution(one, None, task_id="a") is ExecutionStatus.SUCCESS
+    able.store.close_executions([one])
+    assert (able.status(one), able.tasks(one)) == ("retry", {"a": "pending"})
+
+
+def test_run_after_a_rerun_is_left_open_too_while_somebody_deletes_what_the_first_left(able: Driver) -> None:
+    (one,), fence = leave_open(able)
+    able.store.complete(fence, None, ROOM)
+    able.store.reopen_execution(one, None, task_id="a")
+    (other,) = starts(able, 1, {"a": ""})
+    able.store.complete(able.must_claim(one, "a"), None, named(other.execution_id, "a"))
+    assert (able.status(one), able.store.audit()) == ("running", [])
+    able.store.close_executions([one])
+    assert able.status(one) == "success"
+
+
+@pytest.mark.parametrize("steer", ["cancel", "expire"])
+def test_execution_that_was_left_open_and_whose_end_another_is_about_to_record_ends_with_success(able: Driver, steer: str) -> None:
     (one,), _ = leave_open(able)
     able.sql("UPDATE pipeline.workflow_executions SET deadline_at = '1999-01-01' WHERE execution_id = %s", one)
-    assert (able.store.expire_executions(10), able.status(one)) == (0, "success")
-
-
-def test_close_of_an_execution_that_was_left_open_and_paused_ends_it(able: Driver) -> None:
-    (one,), _ = leave_open(able)
-    able.store.pause_execution(one, None)
+    with psycopg.connect(able.url) as ending:
+        ending.execute("SELECT FROM pipeline.closings WHERE execution_id = %s FOR UPDATE", [one])
+        if steer == "cancel":
+            assert able.store.cancel_execution(one, "ana") is ExecutionStatus.SUCCESS
+        else:
+            assert able.store.expire_executions(10) == 0
+        assert able.status(one) == "success"
     able.store.close_executions([one])
-    assert (able.status(one), able.store.get_execution(one).paused) == ("success", False)
+    assert (able.status(one), able.store.audit()) == ("success", [])
 
 
 @pytest.mark.parametrize("who", ["changes it", "closes it"])

@@ -125,6 +125,14 @@ def test_what_is_kept_and_may_not_be_on_disk_is_given_away_rather_than_claimed_b
     assert away.tasks == [("x", {"b": 0, "c": 0})]
 
 
+def test_stale_answer_says_nothing_of_what_is_on_disk() -> None:
+    away = Away()
+    running = turn(away, ("x", "a"), ("y", "a"))
+    running.go_on(done(claimed("y", "a"), ready("x", "b"), kept=True, durable=False))
+    turn_after(running).go_on(Ended(outcome="stale", ready=()))
+    assert (running.next(), away.tasks) == (None, [("x", {"b": 0})])
+
+
 def test_those_that_joined_a_message_run_after_those_that_it_names() -> None:
     running = turn(Away(), ("x", "a"), ("y", "a"))
     running.lead(["v", "w"])

@@ -5,6 +5,7 @@ CREATE TABLE pipeline.closings (
     execution_id  text COLLATE "C" PRIMARY KEY,
     due_at        timestamptz NOT NULL
 ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500, autovacuum_vacuum_cost_delay = 0);
+CREATE INDEX closings_due ON pipeline.closings (due_at);
 
 DROP FUNCTION pipeline.create_execution(
     text, bigint, text, text, jsonb, text, jsonb, interval, interval, interval, pipeline.ready_task);
@@ -20,20 +21,30 @@ BEGIN
     RETURN coalesce(nullif(current_setting('pipeline.fake_now', true), '')::timestamptz, clock_timestamp());
 END $$;
 
-CREATE FUNCTION pipeline.join_message(p_leader text, p_definition bigint, p_entry text[], p_execution text) RETURNS boolean
+CREATE FUNCTION pipeline.may_be_joined(p_handler text) RETURNS boolean LANGUAGE plpgsql STABLE AS $$
+DECLARE
+    known record;
+BEGIN
+    SELECT f.* INTO known FROM pipeline.fleet() f;
+    RETURN p_handler = ANY (known.quick) AND p_handler <> ALL (known.slow) AND known.processes * 2 <= (
+        SELECT count(*) FROM (
+            SELECT 1 FROM pipeline.task_executions w
+             WHERE w.status IN ('pending', 'retry') AND w.due_at IS NOT NULL AND w.led_by IS NULL AND w.hints > 0
+             LIMIT known.processes * 2) waiting);
+END $$;
+
+CREATE FUNCTION pipeline.join_message(p_leader text, p_definition bigint, p_task text, p_execution text) RETURNS boolean
 LANGUAGE plpgsql AS $$
 BEGIN
-    IF p_leader IS NULL OR cardinality(p_entry) <> 1 OR NOT pg_try_advisory_xact_lock_shared(pipeline.lock_key(p_leader)) THEN
+    IF NOT pg_try_advisory_xact_lock_shared(pipeline.lock_key(p_leader)) THEN
         RETURN false;
     END IF;
     UPDATE pipeline.task_executions t SET leads = t.leads || p_execution
       FROM pipeline.workflow_executions e
-     WHERE t.execution_id = p_leader AND t.task_id = p_entry[1] AND t.status = 'pending' AND t.attempt = 0 AND t.hints = 1
+     WHERE t.execution_id = p_leader AND t.task_id = p_task AND t.status = 'pending' AND t.attempt = 0 AND t.hints = 1
        AND coalesce(t.due_at, 'infinity') < 'infinity'  -- by the key, and not by the index of what is due
-       AND t.led_by IS NULL AND t.ready_at > pipeline.clock() - interval '1 s'
-       AND coalesce(cardinality(t.leads), 0) < 7
-       AND e.execution_id = p_leader AND e.definition_id = p_definition AND NOT e.paused AND e.verdict IS NULL
-       AND (SELECT t.handler = ANY (f.quick) AND t.handler <> ALL (f.slow) FROM pipeline.fleet() f);
+       AND t.ready_at > pipeline.clock() - interval '1 s' AND cardinality(t.leads) < 7
+       AND e.execution_id = p_leader AND e.definition_id = p_definition AND NOT e.paused AND e.verdict IS NULL;
     RETURN FOUND;
 END $$;
 
@@ -51,6 +62,7 @@ DECLARE
     made text[] := '{}';
     numbers int[] := '{}';
     leaders text[] := '{}';
+    leads_ text[];
 BEGIN
     SELECT d.workflow_id INTO STRICT workflow FROM pipeline.workflow_definitions d WHERE d.definition_id = p_definition;
     entry := ARRAY(SELECT t.task_id FROM pipeline.workflow_tasks t
@@ -87,8 +99,13 @@ BEGIN
         made := made || given.execution_id;
         numbers := numbers || given.ordinality::int;
     END LOOP;
-    IF cardinality(made) = 1 AND pipeline.join_message(p_leader, p_definition, entry, made[1]) THEN
-        leaders[1] := p_leader;
+    IF p_leader IS NOT NULL AND cardinality(made) = 1 AND cardinality(entry) = 1 THEN
+        IF pipeline.join_message(p_leader, p_definition, entry[1], made[1]) THEN
+            leaders[1] := p_leader;
+        ELSE
+            SELECT CASE WHEN pipeline.may_be_joined(t.handler) THEN '{}'::text[] END INTO leads_
+              FROM pipeline.workflow_tasks t WHERE t.definition_id = p_definition AND t.task_id = entry[1];
+        END IF;
     END IF;
     RETURN QUERY
         WITH first AS MATERIALIZED (SELECT * FROM pipeline.share(p_definition, entry, p_grace > '0')),
@@ -98,8 +115,9 @@ BEGIN
                    nullif(m.leader, m.execution_id) AS led_in
               FROM unnest(made, numbers, leaders) m (execution_id, number, leader), first f),
         started AS (
-            INSERT INTO pipeline.task_executions (execution_id, task_id, handler, ready_at, due_at, hints, led_by, led_in)
-            SELECT r.execution_id, r.task_id, r.handler, now_, now_ + p_grace, (p_grace > '0')::int, r.led_by, r.led_in
+            INSERT INTO pipeline.task_executions (
+                execution_id, task_id, handler, ready_at, due_at, hints, led_by, led_in, leads)
+            SELECT r.execution_id, r.task_id, r.handler, now_, now_ + p_grace, (p_grace > '0')::int, r.led_by, r.led_in, leads_
               FROM ready_ r)
         SELECT r.number, true, r.execution_id, true,
                array_agg((r.execution_id, r.task_id, 0, r.handler, r.timeout, r.led_by, r.led_in)::pipeline.ready_task
@@ -264,8 +282,21 @@ BEGIN
     PERFORM set_config('synchronous_commit', 'off', true);
     IF ended THEN
         closing := p_closing || p_execution;
-        INSERT INTO pipeline.closings VALUES (p_execution, pipeline.clock() + p_grace / 4) ON CONFLICT DO NOTHING;
+        INSERT INTO pipeline.closings VALUES (p_execution, pipeline.clock() + p_grace / 4)
+            ON CONFLICT (execution_id) DO UPDATE SET due_at = excluded.due_at;  -- of an earlier run; nobody may delete it now
     END IF;
+END $$;
+
+CREATE FUNCTION pipeline.close_if_over(p_execution text) RETURNS boolean LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM 1 FROM pipeline.workflow_executions e
+       JOIN pipeline.join_counters c ON c.execution_id = e.execution_id AND c.number = 0 AND c.slot = 0
+      WHERE e.execution_id = p_execution AND e.finished_at IS NULL AND e.verdict IS NULL AND c.remaining = 0;
+    IF FOUND THEN
+        PERFORM pipeline.close_execution(p_execution, 'success');
+        RETURN true;
+    END IF;
+    RETURN false;
 END $$;
 
 CREATE FUNCTION pipeline.close_executions(p_executions text[]) RETURNS int LANGUAGE plpgsql AS $$
@@ -276,13 +307,8 @@ BEGIN
     FOR over IN SELECT c.execution_id FROM pipeline.closings c WHERE c.execution_id = ANY (p_executions)
                  ORDER BY c.execution_id FOR UPDATE SKIP LOCKED LOOP
         CONTINUE WHEN NOT pg_try_advisory_xact_lock_shared(pipeline.lock_key(over));
-        IF EXISTS (SELECT 1 FROM pipeline.workflow_executions e
-                     JOIN pipeline.join_counters c ON c.execution_id = over AND c.number = 0 AND c.slot = 0
-                    WHERE e.execution_id = over AND e.verdict IS NULL AND c.remaining = 0) THEN
-            PERFORM pipeline.close_execution(over, 'success');
-        END IF;
+        closed := closed + pipeline.close_if_over(over)::int;
         DELETE FROM pipeline.closings c WHERE c.execution_id = over;
-        closed := closed + 1;
     END LOOP;
     RETURN closed;
 END $$;
@@ -292,7 +318,7 @@ DECLARE
     x record;
 BEGIN
     PERFORM pg_advisory_xact_lock(pipeline.lock_key(p_execution));
-    PERFORM pipeline.close_executions(ARRAY[p_execution]);  -- too late, then
+    PERFORM pipeline.close_if_over(p_execution);
     SELECT e.status, e.verdict INTO x FROM pipeline.workflow_executions e WHERE e.execution_id = p_execution;
     IF x.status NOT IN ('pending', 'running', 'retry') OR x.verdict = 'cancelled' THEN
         RETURN x.status;
@@ -304,12 +330,149 @@ BEGIN
     RETURN x.status;
 END $$;
 
+CREATE OR REPLACE FUNCTION pipeline.pause_execution(p_execution text, p_user text) RETURNS text LANGUAGE plpgsql AS $$
+DECLARE
+    found_ text;
+BEGIN
+    PERFORM pg_advisory_xact_lock(pipeline.lock_key(p_execution));
+    PERFORM pipeline.close_if_over(p_execution);
+    SELECT e.status INTO found_ FROM pipeline.workflow_executions e WHERE e.execution_id = p_execution;
+    UPDATE pipeline.workflow_executions e SET paused = true
+     WHERE e.execution_id = p_execution AND NOT e.paused AND e.verdict IS NULL
+       AND e.status IN ('pending', 'running', 'retry');
+    IF FOUND THEN
+        INSERT INTO pipeline.workflow_events (execution_id, kind, user_id) VALUES (p_execution, 'pause', p_user);
+    END IF;
+    RETURN found_;
+END $$;
+
+CREATE OR REPLACE FUNCTION pipeline.reopen_execution(p_execution text, p_user text, p_from text, p_params jsonb)
+RETURNS text LANGUAGE plpgsql AS $$
+DECLARE
+    x record;
+    reset text[];
+BEGIN
+    PERFORM pg_advisory_xact_lock(pipeline.lock_key(p_execution));
+    PERFORM pipeline.close_if_over(p_execution);
+    SELECT e.status, e.definition_id, (d.definition ->> 'timeout')::float8 AS timeout,
+           d.definition ->> 'enable_parallel' IS NOT DISTINCT FROM 'false' AS sequential INTO x
+      FROM pipeline.workflow_executions e JOIN pipeline.workflow_definitions d USING (definition_id)
+     WHERE e.execution_id = p_execution AND NOT e.forgotten;
+    IF x.status IS NULL OR NOT (x.status IN ('failed', 'cancelled') OR x.status = 'success' AND p_from IS NOT NULL) THEN
+        RETURN x.status;
+    END IF;
+    WITH RECURSIVE downstream AS (
+        SELECT w.task_id FROM pipeline.workflow_tasks w
+         WHERE w.definition_id = x.definition_id AND w.task_id = p_from
+        UNION
+        SELECT w.task_id FROM downstream d
+          JOIN pipeline.workflow_tasks w ON w.definition_id = x.definition_id AND w.dependencies @> ARRAY[d.task_id])
+    SELECT array_agg(t.task_id) INTO reset FROM pipeline.task_executions t
+     WHERE t.execution_id = p_execution
+       AND (t.status <> 'success' OR t.task_id IN (SELECT d.task_id FROM downstream d));
+    IF p_from IS NOT NULL AND NOT p_from = ANY (coalesce(reset, '{}')) THEN
+        RETURN 'no such task';
+    END IF;
+    INSERT INTO pipeline.workflow_events (execution_id, task_id, kind, user_id, detail)
+        VALUES (p_execution, p_from, CASE WHEN p_from IS NULL THEN 'retry' ELSE 'rerun' END, p_user,
+                CASE WHEN p_params IS NULL THEN '{}' ELSE jsonb_build_object('params', p_params) END);
+    INSERT INTO pipeline.task_attempts (execution_id, task_id, epoch, attempt, outcome, worker_id, started_at, ended_at,
+                                        error_type, error_message, error_traceback)
+        SELECT t.execution_id, t.task_id, t.epoch, t.attempt, t.status, t.worker_id, t.started_at, t.finished_at,
+               t.error_type, t.error_message, t.error_traceback
+          FROM pipeline.task_executions t
+         WHERE t.execution_id = p_execution AND t.task_id = ANY (reset) AND t.attempt > 0
+        ON CONFLICT DO NOTHING;  -- a task that was waiting for a retry has its attempt there already
+    UPDATE pipeline.workflow_executions e
+       SET status = 'retry', verdict = NULL, error_message = NULL, finished_at = NULL, run = e.run + 1,
+           careful = x.sequential, deadline_at = pipeline.clock() + make_interval(secs => x.timeout)
+     WHERE e.execution_id = p_execution;
+    UPDATE pipeline.task_executions t
+       SET status = 'pending', epoch = t.epoch + 1, retries = 0, losses = 0, hints = 0, finished_at = NULL,
+           due_at = NULL, led_by = NULL, ready_at = NULL, worker_id = NULL, result = NULL,
+           error_type = NULL, error_message = NULL, error_traceback = NULL,
+           params = CASE WHEN t.task_id = p_from THEN coalesce(p_params, t.params) ELSE t.params END
+     WHERE t.execution_id = p_execution AND t.task_id = ANY (reset);
+    UPDATE pipeline.join_counters c SET remaining = o.remaining
+      FROM pipeline.open_places(p_execution, x.definition_id, '{success}') o
+     WHERE c.execution_id = p_execution AND c.number = o.number AND c.slot = o.slot;
+    UPDATE pipeline.task_executions t SET due_at = pipeline.clock(), ready_at = pipeline.clock()
+      FROM pipeline.workflow_tasks w
+     WHERE t.execution_id = p_execution AND w.definition_id = x.definition_id AND w.task_id = t.task_id
+       AND t.status = 'pending'
+       AND NOT EXISTS (SELECT 1 FROM pipeline.task_executions d
+                        WHERE d.execution_id = p_execution AND d.task_id = ANY (w.waits_for) AND d.status <> 'success')
+       AND (NOT x.sequential OR w.number = (
+           SELECT min(v.number) FROM pipeline.workflow_tasks v JOIN pipeline.task_executions o
+               ON o.execution_id = p_execution AND o.task_id = v.task_id AND o.status <> 'success'
+            WHERE v.definition_id = x.definition_id));
+    IF reset IS NULL THEN
+        PERFORM pipeline.close_execution(p_execution, 'success');
+    END IF;
+    RETURN x.status;
+END $$;
+
+CREATE OR REPLACE FUNCTION pipeline.mark_task(
+    p_execution text, p_task text, p_status text, p_result jsonb, p_user text, p_reason text, p_grace interval
+) RETURNS TABLE (status text, changed boolean, ready pipeline.ready_task[]) LANGUAGE plpgsql AS $$
+DECLARE
+    x record;
+    found_ text;
+BEGIN
+    PERFORM pg_advisory_xact_lock(pipeline.lock_key(p_execution));
+    PERFORM pipeline.close_if_over(p_execution);
+    SELECT e.status, e.verdict, e.definition_id,
+           d.definition ->> 'enable_parallel' IS NOT DISTINCT FROM 'false' AS sequential INTO x
+      FROM pipeline.workflow_executions e JOIN pipeline.workflow_definitions d USING (definition_id)
+     WHERE e.execution_id = p_execution AND NOT e.forgotten;
+    SELECT t.status INTO found_ FROM pipeline.task_executions t
+     WHERE t.execution_id = p_execution AND t.task_id = p_task AND x.status IS NOT NULL;
+    IF found_ IS NULL OR found_ = 'success' OR x.status = 'success' OR (x.verdict IS NOT NULL AND found_ = 'running') THEN
+        RETURN QUERY SELECT found_, false, NULL::pipeline.ready_task[];
+        RETURN;
+    END IF;
+    PERFORM 1 FROM pipeline.workflow_tasks w
+       JOIN pipeline.workflow_tasks v ON v.definition_id = w.definition_id
+        AND (v.task_id = ANY (w.waits_for) OR x.sequential AND v.number < w.number)
+       JOIN pipeline.task_executions d ON d.execution_id = p_execution AND d.task_id = v.task_id
+        AND d.status <> 'success' AND (d.status <> 'skipped' OR x.verdict IS NOT NULL)
+      WHERE w.definition_id = x.definition_id AND w.task_id = p_task;
+    IF FOUND THEN
+        RETURN QUERY SELECT 'waiting', false, NULL::pipeline.ready_task[];
+        RETURN;
+    END IF;
+    IF x.status IN ('failed', 'cancelled') THEN
+        PERFORM pipeline.reopen_execution(p_execution, p_user, NULL, NULL);
+    ELSIF found_ NOT IN ('pending', 'retry', 'running') THEN
+        RETURN QUERY SELECT found_, false, NULL::pipeline.ready_task[];
+        RETURN;
+    END IF;
+    INSERT INTO pipeline.workflow_events (execution_id, task_id, kind, user_id, detail)
+        VALUES (p_execution, p_task, 'mark', p_user, jsonb_build_object('status', p_status, 'reason', p_reason));
+    INSERT INTO pipeline.task_attempts (execution_id, task_id, epoch, attempt, outcome, worker_id, started_at,
+                                        error_type, error_message, error_traceback)
+        SELECT t.execution_id, t.task_id, t.epoch, t.attempt, 'released', t.worker_id, t.started_at,
+               t.error_type, 'decided by hand while it ran', t.error_traceback
+          FROM pipeline.task_executions t
+         WHERE t.execution_id = p_execution AND t.task_id = p_task AND t.status = 'running'
+        ON CONFLICT DO NOTHING;
+    UPDATE pipeline.task_executions t
+       SET status = p_status, epoch = t.epoch + 1, due_at = NULL, led_by = NULL, deadline_at = NULL, finished_at = pipeline.clock(),
+           result = CASE p_status WHEN 'success' THEN p_result END, error_type = NULL, error_traceback = NULL,
+           error_message = format('marked as %s by %s: %s', p_status, coalesce(p_user, 'somebody'), p_reason)
+     WHERE t.execution_id = p_execution AND t.task_id = p_task;
+    IF p_status = 'skipped' THEN
+        UPDATE pipeline.workflow_executions e SET careful = true WHERE e.execution_id = p_execution;
+    END IF;
+    RETURN QUERY SELECT found_, true, pipeline.release(p_execution, x.definition_id, p_task, p_grace);
+END $$;
+
 CREATE OR REPLACE FUNCTION pipeline.expire_execution(p_execution text) RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE
     reason text;
 BEGIN
     PERFORM pg_advisory_xact_lock(pipeline.lock_key(p_execution));
-    PERFORM pipeline.close_executions(ARRAY[p_execution]);
+    PERFORM pipeline.close_if_over(p_execution);
     SELECT CASE WHEN e.deadline_at <= pipeline.clock() THEN 'the execution ran longer than the timeout of its workflow'
                 ELSE format('task %s waited longer for a worker than the queue_timeout of its workflow', waiting.task_id)
            END INTO reason
