@@ -312,7 +312,8 @@ END $$;
 
 -- Whether others may join the message that a task of this handler is about to get: by the rules of `share`, and where it will
 -- wait in the broker, behind two for each process. What a busy worker has fetched may wait for long while another one idles.
-CREATE FUNCTION pipeline.may_be_joined(p_handler text) RETURNS boolean LANGUAGE plpgsql STABLE AS $$
+-- Only the messages of the last second are looked at, for the index holds all that was claimed since the last VACUUM.
+CREATE FUNCTION pipeline.may_be_joined(p_handler text, p_grace interval) RETURNS boolean LANGUAGE plpgsql STABLE AS $$
 DECLARE
     known record;
 BEGIN
@@ -320,8 +321,8 @@ BEGIN
     RETURN p_handler = ANY (known.quick) AND p_handler <> ALL (known.slow) AND known.processes * 2 <= (
         SELECT count(*) FROM (
             SELECT 1 FROM pipeline.task_executions w
-             WHERE w.status IN ('pending', 'retry') AND w.due_at IS NOT NULL AND w.led_by IS NULL AND w.hints > 0
-             LIMIT known.processes * 2) waiting);
+             WHERE w.status IN ('pending', 'retry') AND w.due_at > pipeline.clock() + p_grace - interval '1 s'
+               AND w.led_by IS NULL AND w.hints > 0 LIMIT known.processes * 2) waiting);
 END $$;
 
 -- Have the first task of a new execution share the message of another one of its workflow, which does not name it: whoever
@@ -404,7 +405,7 @@ BEGIN
         IF pipeline.join_message(p_leader, p_definition, entry[1], made[1]) THEN
             leaders[1] := p_leader;
         ELSE
-            SELECT CASE WHEN pipeline.may_be_joined(t.handler) THEN '{}'::text[] END INTO leads_
+            SELECT CASE WHEN pipeline.may_be_joined(t.handler, p_grace) THEN '{}'::text[] END INTO leads_
               FROM pipeline.workflow_tasks t WHERE t.definition_id = p_definition AND t.task_id = entry[1];
         END IF;
     END IF;

@@ -21,7 +21,7 @@ BEGIN
     RETURN coalesce(nullif(current_setting('pipeline.fake_now', true), '')::timestamptz, clock_timestamp());
 END $$;
 
-CREATE FUNCTION pipeline.may_be_joined(p_handler text) RETURNS boolean LANGUAGE plpgsql STABLE AS $$
+CREATE FUNCTION pipeline.may_be_joined(p_handler text, p_grace interval) RETURNS boolean LANGUAGE plpgsql STABLE AS $$
 DECLARE
     known record;
 BEGIN
@@ -29,8 +29,8 @@ BEGIN
     RETURN p_handler = ANY (known.quick) AND p_handler <> ALL (known.slow) AND known.processes * 2 <= (
         SELECT count(*) FROM (
             SELECT 1 FROM pipeline.task_executions w
-             WHERE w.status IN ('pending', 'retry') AND w.due_at IS NOT NULL AND w.led_by IS NULL AND w.hints > 0
-             LIMIT known.processes * 2) waiting);
+             WHERE w.status IN ('pending', 'retry') AND w.due_at > pipeline.clock() + p_grace - interval '1 s'
+               AND w.led_by IS NULL AND w.hints > 0 LIMIT known.processes * 2) waiting);
 END $$;
 
 CREATE FUNCTION pipeline.join_message(p_leader text, p_definition bigint, p_task text, p_execution text) RETURNS boolean
@@ -103,7 +103,7 @@ BEGIN
         IF pipeline.join_message(p_leader, p_definition, entry[1], made[1]) THEN
             leaders[1] := p_leader;
         ELSE
-            SELECT CASE WHEN pipeline.may_be_joined(t.handler) THEN '{}'::text[] END INTO leads_
+            SELECT CASE WHEN pipeline.may_be_joined(t.handler, p_grace) THEN '{}'::text[] END INTO leads_
               FROM pipeline.workflow_tasks t WHERE t.definition_id = p_definition AND t.task_id = entry[1];
         END IF;
     END IF;
