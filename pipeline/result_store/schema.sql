@@ -774,11 +774,12 @@ BEGIN
     PERFORM 1 FROM pipeline.workflow_executions e
        JOIN pipeline.join_counters c ON c.execution_id = e.execution_id AND c.number = 0 AND c.slot = 0
       WHERE e.execution_id = p_execution AND e.finished_at IS NULL AND e.verdict IS NULL AND c.remaining = 0;
-    IF FOUND THEN
-        PERFORM pipeline.close_execution(p_execution, 'success');
-        RETURN true;
+    IF NOT FOUND OR EXISTS (  -- a rerun where tasks run one after another, whose last one succeeded before
+            SELECT 1 FROM pipeline.task_executions t WHERE t.execution_id = p_execution AND t.finished_at IS NULL) THEN
+        RETURN false;
     END IF;
-    RETURN false;
+    PERFORM pipeline.close_execution(p_execution, 'success');
+    RETURN true;
 END $$;
 
 -- End those that were left open; returns how many it was. Who has one locked ends it, or changes its mind: then recovery does.

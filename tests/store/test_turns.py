@@ -402,6 +402,28 @@ def test_run_after_a_rerun_is_left_open_too_while_somebody_deletes_what_the_firs
     assert able.status(one) == "success"
 
 
+@pytest.mark.parametrize("steer", ["pause_execution", "cancel_execution"])
+def test_steering_does_not_end_a_rerun_whose_last_task_succeeded_before(able: Driver, steer: str) -> None:
+    execution = able.start({"a": "", "b": ""}, enable_parallel=False)
+    able.drain(execution)
+    able.store.reopen_execution(execution, None, task_id="a")
+    assert able.tasks(execution) == {"a": "pending", "b": "success"}
+    assert getattr(able.store, steer)(execution, None) is ExecutionStatus.RETRY
+    assert (able.status(execution), able.store.audit()) == ({"p": "retry", "c": "cancelled"}[steer[0]], [])
+
+
+def test_close_does_not_end_a_rerun_whose_last_task_succeeded_before(able: Driver) -> None:
+    execution = able.start({"a": "", "b": ""}, enable_parallel=False)
+    (other,) = starts(able, 1, {"a": ""})
+    able.complete(execution, "a")
+    assert able.store.complete(able.must_claim(execution, "b"), None, named(other.execution_id, "a")).closing == [execution]
+    able.store.reopen_execution(execution, None, task_id="a")
+    able.store.close_executions([execution])
+    assert (able.status(execution), able.store.audit()) == ("retry", [])
+    assert able.drain(execution) == ["a"]
+    assert able.status(execution) == "success"
+
+
 @pytest.mark.parametrize("steer", ["cancel", "expire"])
 def test_execution_that_was_left_open_and_whose_end_another_is_about_to_record_ends_with_success(able: Driver, steer: str) -> None:
     (one,), _ = leave_open(able)
