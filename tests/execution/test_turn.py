@@ -136,10 +136,17 @@ def test_executions_that_joined_the_message_of_one_that_takes_long_are_run_by_an
         quick = site.engine.register(workflow(task("t", "site.wait_for_file")))
         there, late = ({"path": str(tmp_path / name)} for name in ("there", "late"))
         site.until(lambda: site.engine.wait(site.engine.execute_workflow(quick, there), 60) and is_quick(site, "site.wait_for_file"))
-        busy = [site.engine.execute_workflow(workflow(task("t", "debug.sleep", params={"seconds": 1}))) for _ in range(2)]
-        site.until(lambda: all(site.task(one, "t").status is TaskStatus.RUNNING for one in busy))
+        busy: list[str] = []
+
+        def both_are_busy() -> bool:
+            """A worker may have fetched several: so until each has one."""
+            busy.append(site.engine.execute_workflow(workflow(task("t", "site.watch", params={"folder": str(tmp_path)}))))
+            return sum(site.task(one, "t").status is TaskStatus.RUNNING for one in busy) == 2
+
+        site.until(both_are_busy)
         fill = [site.engine.execute_workflow(quick, there) for _ in range(4)]
         first, *joined = (site.engine.execute_workflow(quick, each) for each in (late, there, there, there))
+        (tmp_path / "go-t").touch()
         # one of them may lie with the worker that is busy, as any message may
         site.until(lambda: sum(site.task(one, "t").status is TaskStatus.SUCCESS for one in joined) >= 2)
         assert site.task(first, "t").status is TaskStatus.RUNNING
@@ -261,23 +268,17 @@ def test_worker_that_is_told_to_end_starts_nothing_more_of_its_turn(sites: Calla
 @contextmanager
 def events(site: Site) -> Iterator[list[dict[str, Any]]]:
     """What whoever watches the workers is told."""
-    celery, heard, stop = site.engine.installation.celery, list[dict[str, Any]](), threading.Event()
+    celery, heard = site.engine.installation.celery, list[dict[str, Any]]()
     with celery.connection_for_read() as connection:
         receiver = celery.events.Receiver(connection, handlers={"*": heard.append})
 
-        def listen() -> None:
-            while not stop.is_set():
-                try:
-                    receiver.capture(limit=None, timeout=0.2, wakeup=False)
-                except TimeoutError:
-                    continue
-
-        thread = threading.Thread(target=listen)
+        # one capture for all: a second one would subscribe anew, and what comes before that is lost
+        thread = threading.Thread(target=receiver.capture, kwargs={"wakeup": False})
         thread.start()
         try:
             yield heard
         finally:
-            stop.set()
+            receiver.should_stop = True
             thread.join()
 
 
@@ -294,7 +295,7 @@ def test_event_that_cannot_be_sent_ends_nothing_and_is_followed_by_silence(
     assert [r.message.partition(":")[0] for r in caplog.records if r.name == "pipeline.events"] == ["no events for 10 s"]
 
 
-def test_every_task_of_a_turn_has_its_events_once_while_somebody_watches(sites: Callable[..., Site]) -> None:
+def test_every_task_of_a_turn_has_its_begin_told_and_each_end_once_while_somebody_watches(sites: Callable[..., Site]) -> None:
     site = sites()
     definition = workflow(
         *(task(f"t{n}") for n in range(20)), task("after", after=("t3",)),
@@ -325,4 +326,15 @@ def test_every_task_of_a_turn_has_its_events_once_while_somebody_watches(sites: 
         wanted = {t: success for t in done.tasks if t not in ("again", "fails")}
         wanted["again"] = {"task-received": 2, "task-started": 2, "task-succeeded": 1, "task-retried": 1}
         wanted["fails"] = {"task-received": 1, "task-started": 1, "task-failed": 1}
-        site.until(lambda: told() == wanted, 20)
+        begins = {"task-received", "task-started"}
+
+        def as_wanted() -> bool:
+            """On a slow machine a task may get a message of its own as well, which is told as received."""
+            heard_of = told()
+            return heard_of.keys() == wanted.keys() and all(
+                kinds.keys() == wanted[t].keys()
+                and all(n == wanted[t][kind] or (kind in begins and n > wanted[t][kind]) for kind, n in kinds.items())
+                for t, kinds in heard_of.items()
+            )
+
+        site.until(as_wanted, 20)
