@@ -61,8 +61,11 @@ def _pairs() -> dict[str, tuple[str, str]]:
 PAIRS = {"acceptance": {"embedded"}, "crash": {"embedded"}, "store": {"embedded", "system"}, "unit": {"embedded", "system"}}
 
 
-#: files whose tests are long and the same on each pair
-ONCE = {"test_pulse.py", "test_limits.py"}
+#: files whose tests are long: on every pair alike, or no other with the second Redis than with the first
+FEWER = {
+    "test_pulse.py": {"embedded"}, "test_limits.py": {"embedded"}, "test_turn.py": {"embedded", "amqp"},
+    "test_steering.py": {"embedded", "amqp"}, "test_stopping.py": {"embedded", "amqp"},
+}  # fmt: skip
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -71,7 +74,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         given = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
         pair, pool = given.get("servers"), given.get("busy_site")
-        pairs = {"embedded"} if item.path.name in ONCE else PAIRS.get(item.path.parent.name, {pair})
+        pairs = FEWER.get(item.path.name) or PAIRS.get(item.path.parent.name, {pair})
         if pair is not None and (pair not in pairs or (pool, pair) == ("threads", "system")):
             out.append(item)
     if out:
