@@ -29,7 +29,7 @@ SHAPES = (
     "start2,idle30"
 )
 #: of a peer's heat: what is compared, and nothing else
-PEER_SHAPES = "W100,W1000,W10000,D100,D500,D2000,L10x10,L20x20,L50x20,N50,S500"
+PEER_SHAPES = "W100,W1000,W10000,D100,D500,D2000,L10x10,L20x20,L50x20,N50,S500,R400"
 QUICK_SHAPES = "W1000,D100,D500,L10x10,L20x20,S100,B100,submit10000,start2,idle5"
 QUICK_CORE = ("ours", "bare", "redis", "postgres")
 QUICK_PEERS, QUICK_PEER_SHAPES = ("dbos",), "W1000,D100,L10x10"

@@ -13,11 +13,12 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from dbos import DBOS
 
 from benchmarks.contenders.processes import end, spawn
-from benchmarks.driver import CannotRun, Contender, Place, poll
+from benchmarks.driver import Contender, Place, poll
 from benchmarks.shapes import Graph
 
 _QUEUE = "bench"
@@ -51,6 +52,17 @@ async def on_queue(levels: list[int]) -> float:
     return last
 
 
+async def _many(workflow: Any, levels: list[int], executions: int, clients: int) -> list[Any]:
+    """What so many of a workflow return, started by clients at once."""
+
+    async def client(count: int) -> list[Any]:
+        handles = [await DBOS.start_workflow_async(workflow, levels) for _ in range(count)]
+        return [await handle.get_result() for handle in handles]
+
+    counts = [executions // clients + (n < executions % clients) for n in range(clients)]
+    return [answer for answers in await asyncio.gather(*map(client, counts)) for answer in answers]
+
+
 def launch(database_url: str) -> None:
     """Start DBOS in this process."""
     url = database_url.replace("postgresql://", "postgresql+psycopg://")
@@ -77,18 +89,8 @@ class Steps(Contender):
         return {"seconds": time.time() - began}
 
     def run_many(self, graph: Graph, executions: int, clients: int) -> dict[str, float]:
-        levels = self.prepare(graph)
-
-        async def client(count: int) -> None:
-            handles = [await DBOS.start_workflow_async(in_steps, levels) for _ in range(count)]
-            for handle in handles:
-                await handle.get_result()
-
-        async def everybody() -> None:
-            await asyncio.gather(*(client(executions // clients + (n < executions % clients)) for n in range(clients)))
-
         began = self.begin()
-        self.loop.run_until_complete(everybody())
+        self.loop.run_until_complete(_many(in_steps, self.prepare(graph), executions, clients))
         return {"seconds": time.time() - began}
 
     def stop(self) -> None:
@@ -118,7 +120,9 @@ class Queues(Steps):
         return {"seconds": self.loop.run_until_complete(on_queue(prepared)) - began}
 
     def run_many(self, graph: Graph, executions: int, clients: int) -> dict[str, float]:
-        raise CannotRun("not measured")
+        began = self.begin()
+        ends = self.loop.run_until_complete(_many(on_queue, self.prepare(graph), executions, clients))
+        return {"seconds": max(ends) - began}
 
     def stop(self) -> None:
         for worker in self.workers:

@@ -12,7 +12,6 @@ from typing import Any
 from celery_dyrygent.workflows import Workflow
 
 from benchmarks.contenders.stock import RedisResults
-from benchmarks.driver import CannotRun
 from benchmarks.shapes import Graph
 
 
@@ -38,5 +37,7 @@ class Dyrygent(RedisResults):
         self._await(partial(self._is_done, last))
         return {"seconds": time.time() - began}
 
-    def run_many(self, graph: Graph, executions: int, clients: int) -> dict[str, float]:
-        raise CannotRun("not measured")
+    def _submit(self, prepared: tuple[Any, str]) -> str:
+        workflow, last = prepared
+        workflow.apply_async()
+        return last

@@ -13,9 +13,9 @@ import os
 import secrets
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -120,9 +120,6 @@ class RedisResults(Stock):
         return self.place.redis_url
 
     def prepare(self, graph: Graph) -> Any:
-        return self._canvas(graph)
-
-    def _canvas(self, graph: Graph) -> Any:
         steps = [group([self.noop.si() for _ in level]) if len(level) > 1 else self.noop.si() for level in graph.levels]
         return chain(*steps) if len(steps) > 1 else steps[0]
 
@@ -142,24 +139,17 @@ class RedisResults(Stock):
         return bool(self.redis.exists(self.celery.backend.get_key_for_task(task)))
 
     def run_many(self, graph: Graph, executions: int, clients: int) -> dict[str, float]:
-        prepared = [self._canvas(graph) for _ in range(executions)]
-        found: list[str] = []
-        start = threading.Barrier(clients + 1)
-
-        def client(mine: list[Any]) -> None:
-            start.wait()
-            found.extend(canvas.apply_async().id for canvas in mine)
-
-        threads = [threading.Thread(target=client, args=(prepared[n::clients],)) for n in range(clients)]
-        for thread in threads:
-            thread.start()
-        start.wait()
-        began = self.begin()
-        for thread in threads:
-            thread.join()
+        prepared = [self.prepare(graph) for _ in range(executions)]
+        with ThreadPoolExecutor(clients) as pool:
+            began = self.begin()
+            found = list(pool.map(self._submit, prepared))
         for task in found:
             self._await(partial(self._is_done, task))
         return {"seconds": time.time() - began}
+
+    def _submit(self, prepared: Any) -> str:
+        """Submit one; the id of its last task."""
+        return str(prepared.apply_async().id)
 
 
 class PostgresResults(RedisResults):
