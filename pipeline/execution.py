@@ -210,14 +210,14 @@ class Executor:
             else:
                 self.dispatcher.give_back(execution_id, task_id, epoch, task)
             raise Ignore
-        claim = claim or self.store.claim(
-            execution_id=execution_id, task_id=task_id, epoch=epoch, worker_id=worker_id, handler=task.name,
-            with_state=execution_id not in self._states,
-        )  # fmt: skip
-        leads = self.store.leads_of(execution_id, task_id) if claim is None else claim.leads
-        if turn is not None and leads:
-            turn.lead(leads)
-            self.turns.watch(turn)
+        if claim is None:
+            claim = self.store.claim(
+                execution_id=execution_id, task_id=task_id, epoch=epoch, worker_id=worker_id, handler=task.name,
+                with_state=execution_id not in self._states,
+            )  # fmt: skip
+            if turn is not None and (leads := claim.leads if claim else self.store.leads_of(execution_id, task_id)):
+                turn.lead(leads)
+                self.turns.watch(turn)
         if claim is None:
             log.debug("message for task %s of %s (epoch %s) is stale", task_id, execution_id, epoch)
             raise Ignore

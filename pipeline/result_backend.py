@@ -50,6 +50,8 @@ class StoreBackend(BaseBackend):  # type: ignore[misc]
         found = self.store.get_task(execution_id, task) if task_id.isprintable() else None
         if found is None:
             return {"status": states.PENDING, "result": None}
+        if found.status is TaskStatus.SUCCESS and not found.execution_ended:  # its commit may not have waited for the disk
+            self.store.settle_task(execution_id, task)
         state = _CELERY_STATES[found.status]
         result: Any = found.result
         if state == states.REVOKED:

@@ -87,7 +87,10 @@ class Turn:
 
     def lead(self, executions: Iterable[str]) -> None:
         """Take on the tasks of other executions that share the present one's message without being named there."""
-        self._waiting.extend(replace(self.step, execution_id=execution_id, epoch=0) for execution_id in executions)
+        self._lead(self.step, executions)
+
+    def _lead(self, first: Step, executions: Iterable[str]) -> None:
+        self._waiting.extend(replace(first, execution_id=execution_id, epoch=0) for execution_id in executions)
 
     def follow(self, known: Container[str] = ()) -> Follow:
         """What may be claimed together with the end of the present task; `known`: executions whose state is at hand."""
@@ -105,7 +108,7 @@ class Turn:
         )  # fmt: skip
 
     def go_on(self, ended: Ended) -> tuple[ReadyTask, ...]:
-        """Take what was claimed, and what shares its message or is to be kept; returns what is left to be published."""
+        """Take what was claimed, those that share its message, and what is to be kept; returns what is to be published."""
         self._claim, self._began = ended.next, time.monotonic()
         if ended.durable and ended.outcome == "done":  # what is stale wrote nothing, and waited for nothing
             self._unsure.clear()
@@ -117,6 +120,7 @@ class Turn:
             return ended.ready
         with suppress(ValueError, IndexError):  # given away meanwhile
             self._waiting.remove(_step_of(claim))
+        self._lead(_step_of(claim), claim.leads or ())
         left, kept = list[ReadyTask](), list[Step]()
         for r in ended.ready:
             if ended.kept or (r.execution_id, r.led_by) == (claim.execution_id, claim.task_id):
@@ -136,15 +140,15 @@ class Turn:
         if self._claim is not None:
             self.step = _step_of(self._claim)
             return self.step
-        try:
-            if self.over or self._began > self._ends or self._waiting[0] in self._unsure:
-                self.give_away()
-                return None
-            self.step = self._waiting.popleft()
-        except IndexError:
+        step: Step | None = None
+        with suppress(IndexError):
+            step = self._waiting.popleft()  # first of all: who looks after it may give it away at any moment
+        if step is None or self.over or self._began > self._ends or step in self._unsure:
+            self._waiting.extendleft(() if step is None else (step,))
             self.give_away()
             return None
-        return self.step
+        self.step = step
+        return step
 
     def look(self) -> float | None:
         """Give away what has waited for too long; returns the moment of the next look, None where nothing waits."""

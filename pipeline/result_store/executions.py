@@ -70,6 +70,11 @@ class Executions(Door):
         """One task, for Celery's AsyncResult."""
         return self._one("get_task", rows.TaskState, execution_id=execution_id, task_id=task_id)
 
+    def settle_task(self, execution_id: str, task_id: str) -> None:
+        """Wait until what was seen of a task is on disk; nobody does who may only read."""
+        with suppress(psycopg.errors.InsufficientPrivilege, psycopg.errors.ReadOnlySqlTransaction):
+            self._all("settle_task", _Status, execution_id=execution_id, task_id=task_id)
+
     def list_executions(self, status: str | None = None, limit: int = 50) -> list[rows.ExecutionSummary]:
         """The newest executions first."""
         return self._all("list_executions", rows.ExecutionSummary, status=status, limit=limit)

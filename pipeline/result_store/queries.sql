@@ -49,7 +49,7 @@ SELECT c.number, c.created, c.execution_id, c.same_work, to_json(c.ready) AS rea
 -- Take a task for this worker's incarnation; no row where the message was stale. `with_state` brings what never changes.
 SELECT c.*, CASE WHEN %(with_state)s THEN pipeline.state_of(c.execution_id) END AS state
   FROM pipeline.claim_task(
-    %(execution_id)s, %(task_id)s, %(epoch)s, %(worker_id)s, %(handler)s, %(hard_limit)s) c
+    %(execution_id)s, %(task_id)s, %(epoch)s, %(worker_id)s, %(hard_limit)s, %(handler)s) c
 
 -- leads_of --
 -- Executions whose first tasks share the message of a task that no worker was given.
@@ -294,9 +294,15 @@ SELECT a.attempt, a.epoch, a.outcome, a.started_at, a.ended_at, a.error_type, a.
 
 -- get_task --
 -- One task's state, for Celery's AsyncResult.
-SELECT t.status, t.result, t.error_type, t.error_message, t.error_traceback, t.finished_at
+SELECT t.status, t.result, t.error_type, t.error_message, t.error_traceback, t.finished_at,
+       e.finished_at IS NOT NULL AS execution_ended
   FROM pipeline.workflow_executions e JOIN pipeline.task_executions t USING (execution_id)
  WHERE t.execution_id = %(execution_id)s AND t.task_id = %(task_id)s
+
+-- settle_task --
+-- Wait until what was committed of a task is on disk: the lock is written to the WAL behind it, and its own commit waits.
+SELECT status FROM pipeline.task_executions
+ WHERE execution_id = %(execution_id)s AND task_id = %(task_id)s FOR KEY SHARE
 
 -- execution_status --
 -- Only the status, for waiters.

@@ -274,6 +274,8 @@ class TaskState:
     error_message: str | None
     error_traceback: str | None
     finished_at: datetime | None
+    #: all that came before is on disk then
+    execution_ended: bool
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "status", TaskStatus(self.status))  # the driver gives text

@@ -372,8 +372,8 @@ BEGIN
     IF jsonb_array_length(p_work) > 1 AND cardinality(entry) = 1 AND p_grace > '0' THEN
         SELECT least(greatest(ceil(jsonb_array_length(p_work)::float8 / greatest(f.processes, 1))::int,
                               CASE WHEN t.handler = ANY (f.quick) THEN 4 END),
-                     1 + floor((330 - 3.5 * octet_length(t.task_id) - octet_length(t.handler)) * 0.74
-                               / (octet_length(p_work -> 0 ->> 'execution_id') + octet_length(t.task_id) + 12))::int) INTO each_
+                     1 + greatest(0, floor((330 - 3.5 * octet_length(t.task_id) - octet_length(t.handler)) * 0.74
+                               / (octet_length(p_work -> 0 ->> 'execution_id') + octet_length(t.task_id) + 12)))::int) INTO each_
           FROM pipeline.fleet() f
           JOIN pipeline.workflow_tasks t ON t.definition_id = p_definition AND t.task_id = entry[1] AND t.handler <> ALL (f.slow);
     END IF;
@@ -541,7 +541,7 @@ END $$;
 
 -- What a message asks for: the task, or no row.
 CREATE FUNCTION pipeline.claim_task(
-    p_execution text, p_task text, p_epoch int, p_worker bigint, p_handler text, p_hard_limit interval
+    p_execution text, p_task text, p_epoch int, p_worker bigint, p_hard_limit interval, p_handler text
 ) RETURNS SETOF pipeline.claimed_task LANGUAGE plpgsql AS $$
 DECLARE
     taken pipeline.claimed_task;

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from celery.exceptions import TaskRevokedError
 from celery.result import AsyncResult
 
+from pipeline.result_store.connection import Database
+from pipeline.states import TaskStatus
 from tests.conftest import NO_RETRY, Site, task, workflow
 
 
@@ -21,6 +24,32 @@ def test_result_of_a_success_is_what_the_handler_returned(prefork_site: Site) ->
     assert (found.state, found.result, found.get(timeout=60)) == ("SUCCESS", 2, 2)
     assert found.successful()
     assert found.date_done == done.tasks["t"].finished_at
+
+
+def test_result_of_a_success_in_an_execution_that_goes_on_is_shown_once_it_is_on_disk(
+    prefork_site: Site, tmp_path: Path
+) -> None:  # fmt: skip
+    site = prefork_site
+    started = site.engine.execute_workflow(
+        workflow(task("t"), task("late", "site.wait_for_file", params={"path": str(tmp_path / "x")}))
+    )
+    site.until(lambda: site.task(started, "t").status is TaskStatus.SUCCESS)
+    site.until_running(started, "late")
+
+    def locked_by() -> Any:
+        """The last transaction that locked the row; to lock it is to write to the WAL, and to wait for that."""
+        link = site.engine.installation.store.link
+        assert isinstance(link, Database)
+        query = b"SELECT xmax::text FROM pipeline.task_executions WHERE execution_id = %s AND task_id = 't'"
+        return link.connection.execute(query, [started]).fetchone()
+
+    before = locked_by()
+    assert result_of(site, started).state == "SUCCESS"
+    assert (settled := locked_by()) != before
+    (tmp_path / "x").touch()
+    site.engine.wait(started, 60)
+    assert result_of(site, started).state == "SUCCESS"
+    assert locked_by() == settled, "all is on disk where the execution has ended"
 
 
 def test_result_of_a_failure_is_an_exception_with_its_message_and_traceback(prefork_site: Site) -> None:

@@ -45,11 +45,11 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "complete: loses the result": ("complete_task", "result = p_result,", ""),
     "complete: forgets the counters": ("complete_task", "c.remaining - 1", "c.remaining"),
     "complete: releases one too early": ("complete_task", "IF remaining_ = 0", "IF remaining_ <= 1"),
-    "complete: forgets a slot that is down": ("complete_task", "IF remaining_ = 0 AND plan.slots[n] > 0", "IF false"),
+    "complete: forgets a slot that is down": ("complete_task", "IF remaining_ = 0 AND x.slots[n] > 0", "IF false"),
     "release: forgets a slot that is down": ("release", "WHERE o.slot > 0 AND o.remaining = 0", "WHERE false"),
     "reopen: counts slots that are down": ("open_places", "count(*) FILTER (WHERE o.remaining > 0)", "count(*)"),
     "complete: forgets a body": ("complete_task", "(SELECT h.bodies", "(SELECT h.bodies[2:]"),
-    "complete: never closes": ("complete_task", "ended := ended OR plan.headers[n] = 0", "ended := false"),
+    "complete: never closes": ("complete_task", "ended := ended OR x.headers[n] = 0", "ended := false"),
     "complete: does not see skips": ("complete_task", "OR x.careful", ""),
     "complete: goes on in a pause": ("complete_task", "IF p_room > 0 AND NOT x.paused", "IF p_room > 0"),
     "complete: goes on with its message in a pause": (

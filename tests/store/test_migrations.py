@@ -127,6 +127,11 @@ def test_upgrade_that_fails_leaves_nothing_of_its_step(empty_url: str, monkeypat
         assert connection.execute("SELECT to_regclass('pipeline.half')").fetchone() == (None,)
 
 
+def test_claim_as_the_version_before_asks_for_it_is_refused_for_that_would_not_know_what_it_gets(database_url: str) -> None:
+    with psycopg.connect(database_url) as connection, pytest.raises(psycopg.errors.UndefinedFunction):
+        connection.execute("SELECT pipeline.claim_task(%s, %s, 0, 1, %s, interval '30 s')", ["exec-none", "a", "debug.noop"])
+
+
 @pytest.mark.parametrize("operation", [upgrade, require_current])
 def test_a_newer_database_is_refused_with_both_versions(database_url: str, operation: object) -> None:
     with psycopg.connect(database_url, autocommit=True) as connection:

@@ -22,6 +22,7 @@ from pipeline.result_store.statements import sql_text, statements
 from pipeline.result_store.store import ResultStore
 from pipeline.states import TaskStatus
 from tests.store.conftest import Driver
+from tests.store.mutants import MUTANTS, mutated
 
 
 class Samples(dict[str, Any]):
@@ -53,6 +54,11 @@ def called() -> list[str]:
 
 def test_every_statement_is_run_by_a_method_and_every_method_has_its_statement() -> None:
     assert set(called()) == set(statements())
+
+
+def test_every_mutant_finds_the_piece_of_the_schema_that_it_breaks() -> None:
+    schema = sql_text("schema.sql")
+    assert all(mutated(*how) != schema for how in MUTANTS.values())
 
 
 def test_every_statement_has_a_name_of_its_own_and_says_what_it_is_for() -> None:

@@ -536,6 +536,20 @@ def vars_of(message: Message) -> dict[str, Any]:
     return {"execution_id": message.execution_id, "task_id": message.task_id, "epoch": message.epoch}
 
 
+def test_settle_of_a_success_that_did_not_wait_for_the_disk_waits_for_it(able: Driver) -> None:
+    for _ in range(20):  # Postgres writes by itself too, now and then
+        one, two = pair(able)
+        ended = able.store.complete(able.must_claim(one, "a"), None, named(two, "a"))
+        ((at, behind),) = able.sql(
+            "SELECT lsn::text, pg_current_wal_flush_lsn() < lsn FROM pg_current_wal_insert_lsn() lsn"
+        )
+        able.store.settle_task(one, "a")
+        assert able.sql("SELECT pg_current_wal_flush_lsn() >= %s::pg_lsn", at) == [(True,)]
+        if behind and not ended.durable:
+            return
+    pytest.fail("no end was seen before it was on disk")
+
+
 def test_repeat_of_a_complete_that_went_on_elsewhere_gives_the_same_next_task(able: Driver) -> None:
     one, two = pair(able)
     fence = holds(able.store.complete(able.must_claim(one, "a"), None, ROOM).next, one, able.worker)
@@ -581,13 +595,15 @@ def test_executions_recorded_together_that_begin_with_several_tasks_share_no_mes
     ]
 
 
-def test_messages_for_executions_with_long_names_keep_their_size(able: Driver) -> None:
+@pytest.mark.parametrize("handler", [NOOP, "é" * 52, "я" * 57, "語" * 60])
+def test_messages_for_executions_with_long_names_keep_their_size(able: Driver, handler: str) -> None:
     definition = able.define({"a": ""})
-    task = definition.tasks[0].model_copy(update={"id": "a" * 64})
+    task = definition.tasks[0].model_copy(update={"id": "a" * 64, "handler": handler})
     definition = definition.model_copy(update={"tasks": (task,)})
     created = able.dispatcher.create_many(definition, [{}] * 50, idempotency_keys=[None] * 50)
     messages = list(_messages([task for one in created for task in one.ready]))
     assert all(other.led_in == first.execution_id for first, others in messages for other in others), "as the store counts"
+    assert sum(1 + len(others) for _, others in messages) == 50
 
 
 def test_executions_recorded_in_a_callers_transaction_share_nothing_for_recovery_publishes_them(able: Driver) -> None:

@@ -139,6 +139,32 @@ def test_those_that_joined_a_message_run_after_those_that_it_names() -> None:
     assert order(running) == [("y", "a"), ("v", "a"), ("w", "a")]
 
 
+def test_those_that_joined_the_message_of_a_task_that_was_claimed_on_the_way_run_too_or_are_given_away() -> None:
+    for over in (False, True):
+        away = Away()
+        running = turn(away, ("x", "a"), ("y", "a"))
+        running.go_on(done(replace(claimed("y", "a"), leads=["v", "w"])))
+        turn_after(running).over = over
+        assert order(running) == ([] if over else [("v", "a"), ("w", "a")])
+        assert away.tasks == ([("v", {"a": 0}), ("w", {"a": 0})] if over else [])
+
+
+def test_task_that_is_given_away_while_the_next_one_is_looked_for_lets_nothing_run_that_may_not_be_on_disk() -> None:
+    running = turn(Away(), ("x", "a"), ("y", "a"), ("z", "a"))
+    running.go_on(done(claimed("y", "a"), ready("x", "b"), kept=True, durable=False))
+
+    class Meanwhile(set[Step]):
+        """As if who looks after the turn took the first that waits at this moment."""
+
+        def __contains__(self, step: object) -> bool:
+            running._waiting.popleft()
+            return super().__contains__(step)
+
+    turn_after(running)
+    running._unsure = Meanwhile(running._unsure)
+    assert running.next() == Step(execution_id="z", task_id="a", epoch=0, handler="h")
+
+
 def test_executions_left_open_are_brought_with_each_call_until_one_has_ended_them() -> None:
     away = Away()
     running = turn(away, ("x", "a"), ("y", "a"), ("z", "a"))

@@ -12,6 +12,8 @@ DROP FUNCTION pipeline.create_execution(
 DROP FUNCTION pipeline.complete_task(
     text, text, int, bigint, jsonb, interval, double precision, text, text, int, text, interval, boolean, boolean);
 DROP FUNCTION pipeline.create_executions(bigint, text, jsonb, jsonb, interval, interval, interval);
+-- In another order now: a worker of the version before, which would not understand the answer, claims nothing.
+DROP FUNCTION pipeline.claim_task(text, text, int, bigint, text, interval);
 
 ALTER TABLE pipeline.task_executions ADD COLUMN leads text[];
 ALTER TYPE pipeline.claimed_task ADD ATTRIBUTE leads text[];
@@ -70,8 +72,8 @@ BEGIN
     IF jsonb_array_length(p_work) > 1 AND cardinality(entry) = 1 AND p_grace > '0' THEN
         SELECT least(greatest(ceil(jsonb_array_length(p_work)::float8 / greatest(f.processes, 1))::int,
                               CASE WHEN t.handler = ANY (f.quick) THEN 4 END),
-                     1 + floor((330 - 3.5 * octet_length(t.task_id) - octet_length(t.handler)) * 0.74
-                               / (octet_length(p_work -> 0 ->> 'execution_id') + octet_length(t.task_id) + 12))::int) INTO each_
+                     1 + greatest(0, floor((330 - 3.5 * octet_length(t.task_id) - octet_length(t.handler)) * 0.74
+                               / (octet_length(p_work -> 0 ->> 'execution_id') + octet_length(t.task_id) + 12)))::int) INTO each_
           FROM pipeline.fleet() f
           JOIN pipeline.workflow_tasks t ON t.definition_id = p_definition AND t.task_id = entry[1] AND t.handler <> ALL (f.slow);
     END IF;
@@ -180,6 +182,23 @@ BEGIN
        AND t.handler = p_handler AND t.status = 'running' AND t.worker_id = p_worker
        AND w.timeout <= p_room AND e.verdict IS NULL AND NOT e.paused;
     RETURN taken;
+END $$;
+
+CREATE FUNCTION pipeline.claim_task(
+    p_execution text, p_task text, p_epoch int, p_worker bigint, p_hard_limit interval, p_handler text
+) RETURNS SETOF pipeline.claimed_task LANGUAGE plpgsql AS $$
+DECLARE
+    taken pipeline.claimed_task;
+BEGIN
+    PERFORM set_config('synchronous_commit', 'off', true);  -- a forgotten claim is only a second attempt
+    PERFORM pg_advisory_xact_lock_shared(pipeline.lock_key(p_execution));
+    taken := pipeline.take_task(p_execution, p_task, p_epoch, p_worker, p_handler, 'infinity', p_hard_limit);
+    IF taken.task_id IS NULL THEN
+        taken := pipeline.taken_before(p_execution, p_task, p_epoch, p_worker, p_handler, 'infinity');
+    END IF;
+    IF taken.task_id IS NOT NULL THEN
+        RETURN NEXT taken;
+    END IF;
 END $$;
 
 CREATE FUNCTION pipeline.complete_task(
