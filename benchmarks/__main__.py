@@ -110,7 +110,8 @@ def _variants(peer: str, *, all_of_them: bool) -> list[str]:
 
 def _publish(heats: Sequence[Heat], about: dict[str, Any], chart: str) -> None:
     readme = ROOT / "README.md"
-    table = f"{speed_table(heats)}\n\n{line(about)}"
+    how = f"{about['repeats']} runs of each, but one of what says no spread; cut after {about['budget']:g} s."
+    table = f"{speed_table(heats)}\n\n{line(about)} {how}"
     readme.write_text(replace_marked(readme.read_text("utf-8"), table), "utf-8")
     (ROOT / "docs" / "speed.svg").write_text(chart, "utf-8")
 

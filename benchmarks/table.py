@@ -10,7 +10,8 @@ from benchmarks.shapes import Shape
 
 _LABELS = {
     "W": "{0:,} wide, joined", "D": "chain of {0:,}", "L": "{0} layers of {1}, all-to-all", "N": "ladder of {0}",
-    "S": "{0:,} executions of 5 tasks, 4 clients", "B": "{0:,} executions of 5 tasks, 4 clients, one call each",
+    "S": "{0:,} executions of 5 tasks, 4 clients, a call for each execution",
+    "B": "{0:,} executions of 5 tasks, 4 clients, a call for each client's",
     "R": "real graphs of up to {0:,} tasks",
     "submit": "submit of {0:,} tasks", "again": "submit of {0:,} tasks, known definition",
     "start": "start of a worker with {0} processes", "idle": "idle, share of a core", "M": "{0:,} wide, joined: peak MB",

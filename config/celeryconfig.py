@@ -15,7 +15,8 @@ task_reject_on_worker_lost = False
 # The store records everything; Celery's own results would be a second truth.
 task_ignore_result = True
 task_store_errors_even_if_ignored = True
-# A message stuck in one worker behind a long task is published again by recovery; more would only delay that.
+# On Redis a worker fetches for idle processes only (the app says so, as it knows the broker). Elsewhere a message stuck in one
+# worker behind a long task is published again by recovery; more would only delay that.
 worker_prefetch_multiplier = 1
 # Only tasks with late acks are cancelled, and there are none: this silences the warning at every reconnection.
 worker_cancel_long_running_tasks_on_connection_loss = True

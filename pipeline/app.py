@@ -109,6 +109,7 @@ class Installation:
         celery.conf.update(
             broker_url=self.broker_url,
             broker_transport_options=dict(celeryconfig.REDIS_TRANSPORT if redis else celeryconfig.AMQP_TRANSPORT),
+            worker_disable_prefetch=redis,  # what all processes are busy for waits in the broker, for whoever is free first
             task_default_queue=queue,
             # installations that share a broker neither see nor steer each other's workers
             control_exchange=f"{queue}.control",

@@ -130,7 +130,7 @@ def parser() -> argparse.ArgumentParser:
     rerun = verb("rerun", commands.rerun, "run an ended execution again from a task, with everything downstream of it")
     rerun.add_argument("execution", metavar="EXECUTION")
     rerun.add_argument("task", metavar="TASK")
-    rerun.add_argument("--params", metavar="JSON|@FILE", help="used instead of the definition's for this task")
+    rerun.add_argument("--params", metavar="JSON|@FILE", help="used instead of all of the definition's for this task; the input goes before them")
     rerun.add_argument("--user", metavar="U", help="recorded as the one who did it")
 
     mark = verb("mark", commands.mark, "decide a task by hand; a failed execution goes on from there")

@@ -234,7 +234,7 @@ class WorkflowEngine:
         Args:
             execution_id: of the execution.
             task_id: where to begin.
-            params: used instead of the definition's for this task, from now on.
+            params: used instead of all of the definition's for this task, from now on; the execution's input goes before them.
             user_id: recorded as the one who did it.
 
         Raises:

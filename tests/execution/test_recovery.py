@@ -111,7 +111,7 @@ def due(site: Site) -> list[object]:
         return cursor.execute("SELECT 1 FROM pipeline.task_executions WHERE due_at <= now()").fetchall()
 
 
-def test_backlog_behind_a_busy_worker_is_not_published_again_but_for_what_that_fetched(
+def test_backlog_behind_a_busy_worker_is_not_published_again_but_for_what_rabbitmq_handed_it(
     sites: Callable[..., Site], tmp_path: Path
 ) -> None:
     site = sites(grace=1.0, recovery_beside=False)
@@ -121,8 +121,8 @@ def test_backlog_behind_a_busy_worker_is_not_published_again_but_for_what_that_f
         busy = site.engine.execute_workflow(workflow(task("t", "site.wait_for_file", params={"path": str(path)})))
         site.until_running(busy, "t")
         started = [site.engine.execute_workflow(workflow(task("t"))) for _ in range(50)]
-        site.until(lambda: dispatcher.waiting() < 50)
-        fetched = 50 - dispatcher.waiting()
+        fetched = int(site.settings.broker_url.startswith("amqp"))
+        site.until(lambda: dispatcher.waiting() == 50 - fetched)
         site.until(lambda: len(due(site)) == 50)
         assert recovery.run_once() == Recovered(published=fetched)
         assert recovery.run_once() == Recovered()
