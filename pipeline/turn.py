@@ -85,12 +85,10 @@ class Turn:
         self._claim = None
         return claim
 
-    def lead(self, executions: Iterable[str]) -> None:
-        """Take on the tasks of other executions that share the present one's message without being named there."""
-        self._lead(self.step, executions)
-
-    def _lead(self, first: Step, executions: Iterable[str]) -> None:
-        self._waiting.extend(replace(first, execution_id=execution_id, epoch=0) for execution_id in executions)
+    def lead(self, executions: Iterable[str], first: Step | None = None) -> None:
+        """Take on the tasks of other executions that share a message, the present one's or `first`'s, and are not named there."""
+        step = first or self.step
+        self._waiting.extend(replace(step, execution_id=execution_id, epoch=0) for execution_id in executions)
 
     def follow(self, known: Container[str] = ()) -> Follow:
         """What may be claimed together with the end of the present task; `known`: executions whose state is at hand."""
@@ -118,9 +116,10 @@ class Turn:
         claim = self._claim
         if claim is None:
             return ended.ready
+        step = _step_of(claim)
         with suppress(ValueError, IndexError):  # given away meanwhile
-            self._waiting.remove(_step_of(claim))
-        self._lead(_step_of(claim), claim.leads or ())
+            self._waiting.remove(step)
+        self.lead(claim.leads or (), step)
         left, kept = list[ReadyTask](), list[Step]()
         for r in ended.ready:
             if ended.kept or (r.execution_id, r.led_by) == (claim.execution_id, claim.task_id):
@@ -144,7 +143,8 @@ class Turn:
         with suppress(IndexError):
             step = self._waiting.popleft()  # first of all: who looks after it may give it away at any moment
         if step is None or self.over or self._began > self._ends or step in self._unsure:
-            self._waiting.extendleft(() if step is None else (step,))
+            if step is not None:
+                self._waiting.appendleft(step)
             self.give_away()
             return None
         self.step = step

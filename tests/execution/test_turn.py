@@ -5,8 +5,8 @@ from __future__ import annotations
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -147,8 +147,9 @@ def test_executions_that_joined_the_message_of_one_that_takes_long_are_run_by_an
         fill = [site.engine.execute_workflow(quick, there) for _ in range(4)]
         first, *joined = (site.engine.execute_workflow(quick, each) for each in (late, there, there, there))
         (tmp_path / "go-t").touch()
-        # one of them may lie with the worker that is busy, as any message may
-        site.until(lambda: sum(site.task(one, "t").status is TaskStatus.SUCCESS for one in joined) >= 2)
+        # RabbitMQ may have handed one of them to the worker that is busy, as any message
+        free = len(joined) - site.settings.broker_url.startswith("amqp")
+        site.until(lambda: sum(site.task(one, "t").status is TaskStatus.SUCCESS for one in joined) >= free)
         assert site.task(first, "t").status is TaskStatus.RUNNING
         (tmp_path / "late").touch()
         ended = {site.engine.wait(one, 60).status for one in (*busy, *fill, first, *joined)}
@@ -295,7 +296,7 @@ def test_event_that_cannot_be_sent_ends_nothing_and_is_followed_by_silence(
     assert [r.message.partition(":")[0] for r in caplog.records if r.name == "pipeline.events"] == ["no events for 10 s"]
 
 
-def test_every_task_of_a_turn_has_its_begin_told_and_each_end_once_while_somebody_watches(sites: Callable[..., Site]) -> None:
+def test_every_task_of_a_turn_has_its_events_once_while_somebody_watches(sites: Callable[..., Site]) -> None:
     site = sites()
     definition = workflow(
         *(task(f"t{n}") for n in range(20)), task("after", after=("t3",)),
@@ -311,30 +312,31 @@ def test_every_task_of_a_turn_has_its_begin_told_and_each_end_once_while_somebod
             site.run(chain(2))
             return any(event["type"] == "task-succeeded" for event in heard)
 
-        site.until(watched)
-        done = site.run(definition)
-        assert done.status is ExecutionStatus.FAILED
+        success = {"task-received": 1, "task-started": 1, "task-succeeded": 1}
+        wanted = {t.id: success for t in site.engine.register(definition).tasks}
+        wanted["again"] = {"task-received": 2, "task-started": 2, "task-succeeded": 1, "task-retried": 1}
+        wanted["fails"] = {"task-received": 1, "task-started": 1, "task-failed": 1}
 
-        def told() -> dict[str, Counter[str]]:
+        def told(execution_id: str) -> dict[str, Counter[str]]:
             kinds: dict[str, Counter[str]] = {}
             for event in list(heard):
-                if str(event.get("uuid", "")).startswith(done.execution_id):
+                if str(event.get("uuid", "")).startswith(execution_id):
                     kinds.setdefault(event["uuid"].partition("_")[2], Counter())[event["type"]] += 1
             return kinds
 
-        success = {"task-received": 1, "task-started": 1, "task-succeeded": 1}
-        wanted = {t: success for t in done.tasks if t not in ("again", "fails")}
-        wanted["again"] = {"task-received": 2, "task-started": 2, "task-succeeded": 1, "task-retried": 1}
-        wanted["fails"] = {"task-received": 1, "task-started": 1, "task-failed": 1}
-        begins = {"task-received", "task-started"}
+        def ends(kinds: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
+            begins = ("task-received", "task-started")
+            return {t: {kind: n for kind, n in each.items() if kind not in begins} for t, each in kinds.items()}
 
-        def as_wanted() -> bool:
-            """On a slow machine a task may get a message of its own as well, which is told as received."""
-            heard_of = told()
-            return heard_of.keys() == wanted.keys() and all(
-                kinds.keys() == wanted[t].keys()
-                and all(n == wanted[t][kind] or (kind in begins and n > wanted[t][kind]) for kind, n in kinds.items())
-                for t, kinds in heard_of.items()
-            )
+        def once() -> bool:
+            """In a run in which no task was given away meanwhile: its own message would be told as received too."""
+            done = site.run(definition)
+            assert done.status is ExecutionStatus.FAILED
+            site.until(lambda: ends(told(done.execution_id)) == ends(wanted), 20)
+            with suppress(pytest.fail.Exception):
+                site.until(lambda: told(done.execution_id) == wanted, 2)
+                return True
+            return False
 
-        site.until(as_wanted, 20)
+        site.until(watched)
+        site.until(once)
