@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+from celery.app.task import Context
 from celery.exceptions import Ignore
 
 from pipeline.attendant import Attendant
@@ -210,8 +211,10 @@ class Turns:
             try:
                 answer = trace(uuid, args, kwargs, request)
                 self._reporter.ended(uuid, answer, alone=True)
+                own = None
                 while (step := turn.next()) is not None:
-                    self._follow(step, request)
+                    own = own or {**request, "headers": Context(request).headers or {}}  # Celery would look for them each time
+                    self._follow(step, own)
                 return answer
             finally:
                 self._local.turn = None
