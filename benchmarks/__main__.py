@@ -84,7 +84,8 @@ def _run(options: argparse.Namespace) -> tuple[list[Heat], dict[str, Any]]:
             for heat, names in entered.items()
         ]
     load = [round(load, 2) for load in os.getloadavg()]
-    return heats, {**about, "repeats": options.repeats, "budget": budget, "load_afterwards": load}
+    paces = [pace for heat in heats for pace in heat.paces]
+    return heats, {**about, "repeats": options.repeats, "budget": budget, "load_afterwards": load, "paces": paces}
 
 
 def _heat(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -52,7 +53,17 @@ def place(found: dict[str, Any]) -> str:
 def line(found: dict[str, Any]) -> str:
     """The same with the versions."""
     names = (f"{name} {text}" for name, text in found["versions"].items() if name not in _PARTS)
-    return f"{place(found)}; {', '.join(names)}."
+    paces = found.get("paces")
+    meanwhile = f" A fixed loop of Python took {min(paces):.0f} to {max(paces):.0f} ms meanwhile." if paces else ""
+    return f"{place(found)}; {', '.join(names)}.{meanwhile}"
+
+
+def pace() -> float:
+    """Milliseconds that a fixed loop of Python takes: what the machine's neighbours leave of it at the moment."""
+    began = time.perf_counter()
+    for _ in range(1_000_000):
+        pass
+    return 1000 * (time.perf_counter() - began)
 
 
 def _processor() -> str:

@@ -1,4 +1,7 @@
-"""The race: each repetition of a shape runs every contender of the heat, in an order that turns from one to the next."""
+"""The race: each pass over the shapes runs every contender of the heat, in an order that turns from one to the next.
+
+So whatever is compared, contenders or shapes, has met the same minutes of the machine.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
+from benchmarks.machine import pace
 from benchmarks.shapes import LONG, Shape
 
 
@@ -70,16 +74,21 @@ class Heat:
 
     name: str
     outcomes: dict[tuple[str, str], Outcome]
+    #: of the machine, before each pass and after the last, in ms
+    paces: tuple[float, ...] = ()
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Heat:
         """What `to_json` wrote."""
         outcomes = map(Outcome.from_json, found["outcomes"])
-        return cls(name=found["name"], outcomes={(o.shape, o.contender): o for o in outcomes})
+        return cls(
+            name=found["name"], outcomes={(o.shape, o.contender): o for o in outcomes}, paces=tuple(found.get("paces", ()))
+        )
 
     def to_json(self) -> dict[str, Any]:
         """For the file of results."""
-        return {"name": self.name, "outcomes": [outcome.to_json() for outcome in self.outcomes.values()]}
+        outcomes = [outcome.to_json() for outcome in self.outcomes.values()]
+        return {"name": self.name, "outcomes": outcomes, "paces": self.paces}
 
     def median(self, shape: str, contender: str) -> float | None:
         """Of one contender; None where there is no figure."""
@@ -120,29 +129,29 @@ def race(name: str, runners: Mapping[str, Runner], shapes: Sequence[str], *, rep
         budget: seconds after which a run is cut. Ours have twenty times that, for the others are compared with them.
     """
     outcomes: dict[tuple[str, str], Outcome] = {}
+    paces = [pace()]
     began = time.monotonic()
-    for text in shapes:
-        shape = Shape.named(text)
-        names = [contender for contender in runners if contender == "ours" or not shape.is_for_ours_alone]
-        for repeat in range(_repeats(shape, repeats)):
+    for repeat in range(repeats):
+        for shape in map(Shape.named, shapes):
+            if repeat >= _repeats(shape, repeats):
+                continue
+            names = [contender for contender in runners if contender == "ours" or not shape.is_for_ours_alone]
             turn = repeat % max(1, len(names))
             for contender in names[turn:] + names[:turn]:
-                outcome = outcomes.setdefault((text, contender), Outcome(shape=text, contender=contender))
+                outcome = outcomes.setdefault((shape.name, contender), Outcome(shape=shape.name, contender=contender))
                 smaller = outcomes.get((_smaller(shape, shapes), contender))
                 if not repeat and smaller is not None and smaller.cut is not None:
                     outcome.cut = smaller.cut
                 if outcome.over:
                     continue
                 limit = max(budget, shape.size) + 30 if shape.measure != "seconds" else budget
-                answer = runners[contender].ask(text, 20 * limit if contender == "ours" else limit)
+                answer = runners[contender].ask(shape.name, 20 * limit if contender == "ours" else limit)
                 outcome.record(answer, shape.measure)
                 shown = f"{answer[shape.measure]:.3f}" if shape.measure in answer else str(answer)
-                print(
-                    f"{time.monotonic() - began:5.0f} s  {name}: {text} {contender} {shown}",
-                    file=sys.stderr,
-                    flush=True,
-                )
-    return Heat(name=name, outcomes=outcomes)
+                told = f"{time.monotonic() - began:5.0f} s  {name}: {shape.name} {contender} {shown}"
+                print(told, file=sys.stderr, flush=True)
+        paces.append(pace())
+    return Heat(name=name, outcomes=outcomes, paces=tuple(paces))
 
 
 def _repeats(shape: Shape, repeats: int) -> int:

@@ -179,14 +179,14 @@ class IllegalTransition(PipelineError):
 
 
 class WaitTimeout(PipelineError, TimeoutError):
-    """The execution had not ended when the wait did; it goes on, wait again or look at its status."""
+    """The execution had not ended when the wait did, which changed nothing about it; wait again or look at its status."""
 
     def __init__(self, execution_id: str, seconds: float) -> None:
         super().__init__(execution_id, seconds)
         self.execution_id, self.seconds = execution_id, seconds
 
     def __str__(self) -> str:
-        return f"execution {self.execution_id} had not ended after {self.seconds:g} s; it goes on"
+        return f"execution {self.execution_id} had not ended after {self.seconds:g} s; look at its status, or wait again"
 
 
 class ServiceUnavailable(PipelineError):

@@ -184,7 +184,7 @@ def test_submitted_execution_is_steered_from_pause_to_retry(worked: Any, tmp_pat
     timed_out = worked("run", file, "--timeout", "0", "--idempotency-key", execution, "--json")
     assert (timed_out.code, timed_out.out) == (124, "")
     other = timed_out.err.split()[0]
-    assert f"execution {other} had not ended after 0 s; it goes on" in timed_out.err
+    assert f"execution {other} had not ended after 0 s; look at its status, or wait again" in timed_out.err
     paused = worked("pause", execution)
     assert paused.code == 0 and "running, paused" in paused.out
     resumed = worked("resume", execution, "--user", "ana")

@@ -102,13 +102,13 @@ def test_real_graph_with_a_cycle_is_refused(tmp_path: Path) -> None:
         read_graph(path)
 
 
-def test_race_alternates_contenders_and_turns_their_order_with_each_repetition() -> None:
+def test_race_passes_over_all_shapes_again_and_again_and_turns_the_order_of_contenders_with_each_pass() -> None:
     asked: list[tuple[str, str]] = []
     seconds = [{"seconds": 1.0}] * 3
     runners = {name: Scripted(asked, name, D5=seconds, W5=seconds) for name in ("ours", "bare", "redis")}
     race("core", runners, ["D5", "W5"], repeats=3, budget=60)
     order = ["ours", "bare", "redis", "bare", "redis", "ours", "redis", "ours", "bare"]
-    assert asked == [("D5", name) for name in order] + [("W5", name) for name in order]
+    assert asked == [(shape, name) for n in (0, 3, 6) for shape in ("D5", "W5") for name in order[n : n + 3]]
 
 
 def test_race_asks_no_more_after_a_cut_or_a_refusal_and_no_larger_shape_after_a_cut() -> None:
@@ -137,6 +137,8 @@ def test_race_runs_what_is_not_compared_by_ours_alone_and_idle_time_and_memory_o
     found = race("core", runners, ["idle5", "M5", "submit5"], repeats=3, budget=60)
     once = [("idle5", "ours"), ("M5", "ours")]
     assert asked == [*once, ("submit5", "ours"), ("submit5", "ours"), ("submit5", "ours")]
+    assert len(found.paces) == 4
+    assert Heat.from_json(json.loads(json.dumps(found.to_json()))) == found
     assert found.median("M5", "ours") == 90.0
 
 

@@ -76,7 +76,7 @@ def test_attempt_lost_survives_pickling_and_is_no_error_of_the_tree() -> None:
 
 def test_wait_timeout_is_a_timeout_error() -> None:
     assert issubclass(WaitTimeout, TimeoutError)
-    assert str(WaitTimeout("exec-1", 1.5)) == "execution exec-1 had not ended after 1.5 s; it goes on"
+    assert str(WaitTimeout("exec-1", 1.5)) == "execution exec-1 had not ended after 1.5 s; look at its status, or wait again"
 
 
 def test_definition_error_has_a_line_for_each_problem() -> None:
