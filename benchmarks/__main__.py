@@ -25,8 +25,8 @@ from benchmarks.targets import target_table, targets
 
 ROOT = Path(__file__).parents[1]
 SHAPES = (
-    "W100,W1000,W10000,D100,D500,D2000,D10000,L10x10,L20x20,L50x20,N50,S500,B500,R400,submit10000,again10000,M1000,W100000,M100000,"
-    "start2,idle30"
+    "W100,W1000,W10000,D100,D500,D1000,D2000,D10000,L10x10,L20x20,L50x20,N50,S500,B500,R400,submit10000,again10000,M1000,W100000,"
+    "M100000,start2,idle30"
 )
 #: of a peer's heat: what is compared, and nothing else
 PEER_SHAPES = "W100,W1000,W10000,D100,D500,D2000,L10x10,L20x20,L50x20,N50,S500,R400"
