@@ -62,6 +62,7 @@ def test_wide_tasks_share_messages_and_each_is_recorded_with_its_own_attempt(sit
     assert done.status is ExecutionStatus.SUCCESS
     assert {n: done.results[f"t{n}"] for n in range(WIDTH)} == {n: {"n": n} for n in range(WIDTH)}
     assert {t.attempt for t in done.tasks.values()} == {1}
+    assert received(site, done.execution_id) < WIDTH, "no task was run in another's message"
 
 
 def test_executions_enqueued_together_share_messages_and_each_runs_with_its_own_input(sites: Callable[..., Site]) -> None:
@@ -76,6 +77,7 @@ def test_executions_enqueued_together_share_messages_and_each_runs_with_its_own_
     for day, x in enumerate(done):
         assert {t.attempt for t in x.tasks.values()} == {1}
         assert (x.created_by, x.results["first"], x.results["m2"]["day"]) == ("ana", {"day": day}, day)
+    assert sum(received(site, execution_id) for execution_id in ids) < 75, "half of the tasks had messages of their own"
 
 
 def is_quick(site: Site, handler: str) -> bool:
