@@ -54,7 +54,7 @@ def line(found: dict[str, Any]) -> str:
     """The same with the versions."""
     names = (f"{name} {text}" for name, text in found["versions"].items() if name not in _PARTS)
     paces = found.get("paces")
-    meanwhile = f" A fixed loop of Python took {min(paces):.0f} to {max(paces):.0f} ms meanwhile." if paces else ""
+    meanwhile = f" A fixed loop of Python took {min(paces):.0f} to {max(paces):.0f} ms before and after its passes." if paces else ""
     return f"{place(found)}; {', '.join(names)}.{meanwhile}"
 
 

@@ -1,6 +1,7 @@
 """The race: each pass over the shapes runs every contender of the heat, in an order that turns from one to the next.
 
-So whatever is compared, contenders or shapes, has met the same minutes of the machine.
+So whatever is compared, contenders or shapes, has met the same minutes of the machine. What is run once comes with the last
+pass: it leaves more rows, or other workers, than the rest should meet.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ def race(name: str, runners: Mapping[str, Runner], shapes: Sequence[str], *, rep
     Args:
         name: of the heat.
         runners: by their names.
-        shapes: what to run, the smaller ones of a kind first: who was cut there is not asked for the larger.
+        shapes: what to run, the smaller ones of a kind first: who was cut there before it has a figure of the larger is not asked for that.
         repeats: runs of each shape by each; one where a run is long or needs none.
         budget: seconds after which a run is cut. Ours have twenty times that, for the others are compared with them.
     """
@@ -133,14 +134,14 @@ def race(name: str, runners: Mapping[str, Runner], shapes: Sequence[str], *, rep
     began = time.monotonic()
     for repeat in range(repeats):
         for shape in map(Shape.named, shapes):
-            if repeat >= _repeats(shape, repeats):
+            if repeat < repeats - _repeats(shape, repeats):
                 continue
             names = [contender for contender in runners if contender == "ours" or not shape.is_for_ours_alone]
             turn = repeat % max(1, len(names))
             for contender in names[turn:] + names[:turn]:
                 outcome = outcomes.setdefault((shape.name, contender), Outcome(shape=shape.name, contender=contender))
                 smaller = outcomes.get((_smaller(shape, shapes), contender))
-                if not repeat and smaller is not None and smaller.cut is not None:
+                if not outcome.values and smaller is not None and smaller.cut is not None:
                     outcome.cut = smaller.cut
                 if outcome.over:
                     continue

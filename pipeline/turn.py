@@ -213,7 +213,7 @@ class Turns:
                 self._reporter.ended(uuid, answer, alone=True)
                 own = None
                 while (step := turn.next()) is not None:
-                    own = own or {**request, "headers": Context(request).headers or {}}  # Celery would look for them each time
+                    own = own or {**request, "headers": Context(request).headers or {}}  # looked for once, and not by Celery each time
                     self._follow(step, own)
                 return answer
             finally:
@@ -255,8 +255,8 @@ class Turns:
     def _follow(self, step: Step, request: dict[str, Any]) -> None:
         uuid, args = f"{step.execution_id}_{step.task_id}", (step.execution_id, step.task_id, step.epoch)
         own = {
-            **request, "id": uuid, "task": step.handler, "args": args, "argsrepr": f"epoch {step.epoch}",
-            "root_id": step.execution_id,
+            **request, "headers": dict(request["headers"]), "id": uuid, "task": step.handler, "args": args,
+            "argsrepr": f"epoch {step.epoch}", "root_id": step.execution_id,
         }  # fmt: skip
         self._reporter.started(uuid, step.handler, own)
         answer = self._dispatcher.celery.tasks[step.handler].tracer(uuid, args, {}, own)

@@ -70,7 +70,7 @@ def test_executions_enqueued_together_share_messages_and_each_runs_with_its_own_
     fan = [task(f"m{n}", "debug.echo", ("first",), params={"n": n}) for n in range(3)]
     definition = workflow(task("first", "debug.echo"), *fan, task("last", "debug.echo", tuple(t["id"] for t in fan)))
     ids = site.engine.execute_many(definition, [{"day": day} for day in range(30)], "ana")
-    assert site.engine.installation.dispatcher.waiting() <= 15
+    assert 1 <= site.engine.installation.dispatcher.waiting() <= 15
     with site.worker(concurrency=1):
         done = [site.engine.wait(execution_id, 60) for execution_id in ids]
     assert [x.status for x in done] == [ExecutionStatus.SUCCESS] * 30
@@ -104,7 +104,7 @@ def test_executions_enqueued_one_by_one_while_workers_are_busy_share_messages_an
         site.until_running(busy, "t0")
         definition = site.engine.register(workflow(task("first", "debug.echo"), task("last", "debug.echo", ("first",))))
         ids = [site.engine.execute_workflow(definition, {"day": day}) for day in range(24)]
-        assert site.engine.installation.dispatcher.waiting() <= 12
+        assert 1 <= site.engine.installation.dispatcher.waiting() <= 12
         (tmp_path / "late").touch()
         done = [site.engine.wait(execution_id, 60) for execution_id in ids]
     assert [(x.status, x.results["first"]) for x in done] == [(ExecutionStatus.SUCCESS, {"day": day}) for day in range(24)]
