@@ -16,7 +16,7 @@ from benchmarks.chart import draw
 from benchmarks.environment import NotInstalled, cache, python_of
 from benchmarks.field import CORE, FIELD, PEERS
 from benchmarks.machine import describe, line, place
-from benchmarks.race import Heat, Runner, race
+from benchmarks.race import Heat, Runner, pace_of, race
 from benchmarks.remote import Absent, Remote
 from benchmarks.services import Ground
 from benchmarks.shapes import Shape
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\n{heat_table(heat)}")
     chosen = options.shapes or options.contenders or options.peers
     shown = [target for target in found if target.reached is not None] if chosen else found
-    print(f"\n{target_table(shown)}\n\n{line(about)}")
+    print(f"\n{target_table(shown)}\n\n{line(about)}{pace_of(heats)}")
     output: Path = options.output or Path(tempfile.mkdtemp(prefix="bench-results-"))
     output.mkdir(parents=True, exist_ok=True)
     results = {**about, "heats": [heat.to_json() for heat in heats], "targets": [target.to_json() for target in found]}
@@ -84,8 +84,7 @@ def _run(options: argparse.Namespace) -> tuple[list[Heat], dict[str, Any]]:
             for heat, names in entered.items()
         ]
     load = [round(load, 2) for load in os.getloadavg()]
-    paces = [pace for heat in heats for pace in heat.paces]
-    return heats, {**about, "repeats": options.repeats, "budget": budget, "load_afterwards": load, "paces": paces}
+    return heats, {**about, "repeats": options.repeats, "budget": budget, "load_afterwards": load}
 
 
 def _heat(
@@ -112,7 +111,7 @@ def _variants(peer: str, *, all_of_them: bool) -> list[str]:
 def _publish(heats: Sequence[Heat], about: dict[str, Any], chart: str) -> None:
     readme = ROOT / "README.md"
     how = f"{about['repeats']} runs of each, but one of what says no spread; cut after {about['budget']:g} s."
-    table = f"{speed_table(heats)}\n\n{line(about)} {how}"
+    table = f"{speed_table(heats)}\n\n{line(about)}{pace_of(heats)} {how}"
     readme.write_text(replace_marked(readme.read_text("utf-8"), table), "utf-8")
     (ROOT / "docs" / "speed.svg").write_text(chart, "utf-8")
 

@@ -53,9 +53,7 @@ def place(found: dict[str, Any]) -> str:
 def line(found: dict[str, Any]) -> str:
     """The same with the versions."""
     names = (f"{name} {text}" for name, text in found["versions"].items() if name not in _PARTS)
-    paces = found.get("paces")
-    meanwhile = f" A fixed loop of Python took {min(paces):.0f} to {max(paces):.0f} ms before and after its passes." if paces else ""
-    return f"{place(found)}; {', '.join(names)}.{meanwhile}"
+    return f"{place(found)}; {', '.join(names)}."
 
 
 def pace() -> float:

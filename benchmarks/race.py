@@ -119,13 +119,20 @@ class Ratio:
     bound: bool = False
 
 
+def pace_of(heats: Sequence[Heat]) -> str:
+    """The machine's pace in words, as a sentence that follows another; empty for results that do not tell it."""
+    paces = [pace for heat in heats for pace in heat.paces]
+    return f" A fixed loop of Python took {min(paces):.0f} to {max(paces):.0f} ms before and after the passes." if paces else ""
+
+
 def race(name: str, runners: Mapping[str, Runner], shapes: Sequence[str], *, repeats: int, budget: float) -> Heat:
     """Run a heat.
 
     Args:
         name: of the heat.
         runners: by their names.
-        shapes: what to run, the smaller ones of a kind first: who was cut there before it has a figure of the larger is not asked for that.
+        shapes: what to run, the smaller ones of a kind first: who is cut there before it has a figure of the larger is not
+            asked for that.
         repeats: runs of each shape by each; one where a run is long or needs none.
         budget: seconds after which a run is cut. Ours have twenty times that, for the others are compared with them.
     """

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -55,29 +55,42 @@ def test_chain_of_quick_tasks_goes_on_in_one_process_without_a_message_for_each(
 def test_wide_tasks_share_messages_and_each_is_recorded_with_its_own_attempt(sites: Callable[..., Site]) -> None:
     site = sites()
     wide = [task(f"t{n}", "debug.echo", params={"n": n}) for n in range(WIDTH)]
-    started = site.engine.execute_workflow(workflow(*wide, task("join", after=tuple(t["id"] for t in wide))))
+    definition = site.engine.register(workflow(*wide, task("join", after=tuple(t["id"] for t in wide))))
+    started = [site.engine.execute_workflow(definition)]
     assert 1 <= site.engine.installation.dispatcher.waiting() < WIDTH / 2
+
+    def shared() -> bool:
+        """In a run in which few tasks were given away, as a slow machine does."""
+        done = site.engine.wait(started.pop() if started else site.engine.execute_workflow(definition), 60)
+        assert done.status is ExecutionStatus.SUCCESS
+        assert {n: done.results[f"t{n}"] for n in range(WIDTH)} == {n: {"n": n} for n in range(WIDTH)}
+        assert {t.attempt for t in done.tasks.values()} == {1}
+        return 1 <= received(site, done.execution_id) < WIDTH / 2
+
     with site.worker(concurrency=2):
-        done = site.engine.wait(started, 60)
-    assert done.status is ExecutionStatus.SUCCESS
-    assert {n: done.results[f"t{n}"] for n in range(WIDTH)} == {n: {"n": n} for n in range(WIDTH)}
-    assert {t.attempt for t in done.tasks.values()} == {1}
-    assert received(site, done.execution_id) < WIDTH, "no task was run in another's message"
+        site.until(shared)
 
 
 def test_executions_enqueued_together_share_messages_and_each_runs_with_its_own_input(sites: Callable[..., Site]) -> None:
     site = sites()
     fan = [task(f"m{n}", "debug.echo", ("first",), params={"n": n}) for n in range(3)]
     definition = workflow(task("first", "debug.echo"), *fan, task("last", "debug.echo", tuple(t["id"] for t in fan)))
-    ids = site.engine.execute_many(definition, [{"day": day} for day in range(30)], "ana")
+    days = [{"day": day} for day in range(30)]
+    enqueued = [site.engine.execute_many(definition, days, "ana")]
     assert 1 <= site.engine.installation.dispatcher.waiting() <= 15
-    with site.worker(concurrency=1):
+
+    def shared() -> bool:
+        """In a run in which few tasks were given away, as a slow machine does."""
+        ids = enqueued.pop() if enqueued else site.engine.execute_many(definition, days, "ana")
         done = [site.engine.wait(execution_id, 60) for execution_id in ids]
-    assert [x.status for x in done] == [ExecutionStatus.SUCCESS] * 30
-    for day, x in enumerate(done):
-        assert {t.attempt for t in x.tasks.values()} == {1}
-        assert (x.created_by, x.results["first"], x.results["m2"]["day"]) == ("ana", {"day": day}, day)
-    assert sum(received(site, execution_id) for execution_id in ids) < 75, "half of the tasks had messages of their own"
+        assert [x.status for x in done] == [ExecutionStatus.SUCCESS] * 30
+        for day, x in enumerate(done):
+            assert {t.attempt for t in x.tasks.values()} == {1}
+            assert (x.created_by, x.results["first"], x.results["m2"]["day"]) == ("ana", {"day": day}, day)
+        return sum(received(site, execution_id) for execution_id in ids) <= 15
+
+    with site.worker(concurrency=1):
+        site.until(shared)
 
 
 def is_quick(site: Site, handler: str) -> bool:
@@ -98,17 +111,27 @@ def test_executions_enqueued_one_by_one_while_workers_are_busy_share_messages_an
     sites: Callable[..., Site], tmp_path: Path
 ) -> None:  # fmt: skip
     site = sites()
-    with site.worker(concurrency=1):
+    definition = site.engine.register(workflow(task("first", "debug.echo"), task("last", "debug.echo", ("first",))))
+    days = [{"day": day} for day in range(24)]
+    tries = count()
+
+    def shared() -> bool:
+        """In a run in which few tasks were given away, as a slow machine does."""
+        folder = tmp_path / str(next(tries))
+        folder.mkdir()
         until_quick(site, "debug.echo")
-        busy = site.engine.execute_workflow(waiting(tmp_path, 1))
+        busy = site.engine.execute_workflow(waiting(folder, 1))
         site.until_running(busy, "t0")
-        definition = site.engine.register(workflow(task("first", "debug.echo"), task("last", "debug.echo", ("first",))))
-        ids = [site.engine.execute_workflow(definition, {"day": day}) for day in range(24)]
+        ids = [site.engine.execute_workflow(definition, day) for day in days]
         assert 1 <= site.engine.installation.dispatcher.waiting() <= 12
-        (tmp_path / "late").touch()
+        (folder / "late").touch()
         done = [site.engine.wait(execution_id, 60) for execution_id in ids]
-    assert [(x.status, x.results["first"]) for x in done] == [(ExecutionStatus.SUCCESS, {"day": day}) for day in range(24)]
-    assert {t.attempt for x in done for t in x.tasks.values()} == {1}
+        assert [(x.status, x.results["first"]) for x in done] == [(ExecutionStatus.SUCCESS, day) for day in days]
+        assert {t.attempt for x in done for t in x.tasks.values()} == {1}
+        return sum(received(site, execution_id) for execution_id in ids) <= 12
+
+    with site.worker(concurrency=1):
+        site.until(shared)
 
 
 def test_execution_whose_message_others_joined_is_cancelled_and_the_others_run_without_recovery(
@@ -128,6 +151,7 @@ def test_execution_whose_message_others_joined_is_cancelled_and_the_others_run_w
         (tmp_path / "late").touch()
         assert {site.engine.wait(execution_id, 60).status for execution_id in others} == {ExecutionStatus.SUCCESS}
     assert site.engine.get_execution(first).status is ExecutionStatus.CANCELLED
+    assert sum(received(site, execution_id) for execution_id in others) == 0
 
 
 def test_executions_that_joined_the_message_of_one_that_takes_long_are_run_by_another_worker_without_recovery(

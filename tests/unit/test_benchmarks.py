@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.chart import draw, points
 from benchmarks.field import CORE, FIELD, PEERS
-from benchmarks.race import Heat, Outcome, race
+from benchmarks.race import Heat, Outcome, pace_of, race
 from benchmarks.shapes import Graph, Shape, read_graph
 from benchmarks.table import figure, heat_table, label, replace_marked, short, speed_table, times
 from benchmarks.targets import Target, target_table, targets
@@ -138,6 +138,8 @@ def test_race_runs_what_is_not_compared_by_ours_alone_and_idle_time_and_memory_o
     once = [("idle5", "ours"), ("M5", "ours")]
     assert asked == [("submit5", "ours"), ("submit5", "ours"), *once, ("submit5", "ours")]
     assert len(found.paces) == 4
+    assert re.search(r"took \d+ to \d+ ms", pace_of([found]))
+    assert pace_of([heat()]) == ""
     assert Heat.from_json(json.loads(json.dumps(found.to_json()))) == found
     assert found.median("M5", "ours") == 90.0
 
